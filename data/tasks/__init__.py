@@ -1,0 +1,1 @@
+"""Generated tasks for the embedded model, one file each."""

@@ -1,0 +1,1 @@
+"""YAML recipes: one file is one run. `accelerate/` holds the launch configurations."""

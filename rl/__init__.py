@@ -1,0 +1,1 @@
+"""The method: modes, rollouts, advantages, loss, trainer, evaluation and export."""
