@@ -1,0 +1,17 @@
+"""Errors that are the user's to mend. Each is one line that names the file, key or row and says what to do."""
+
+
+class UserError(Exception):
+    """Bad input: printed without a traceback, exit code 2."""
+
+
+class DataError(UserError):
+    """A row or a data set that cannot be used."""
+
+
+class RecipeError(UserError):
+    """A recipe key or value that cannot be used."""
+
+
+class ModelError(UserError):
+    """A model, tokenizer or chat template that cannot be used."""

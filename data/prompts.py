@@ -1,0 +1,30 @@
+"""The only home of the prompt template: how an example becomes messages, and messages become token ids.
+
+Every stage (warm-up, rollout, evaluation, export) gets its prompt ids from `prompt_ids`, and the completion follows
+them directly: control token first. Text that was once tokens is never tokenised again.
+"""
+
+from typing import TYPE_CHECKING
+
+from siesta.data.schema import Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Messages = list[dict[str, str]]
+
+
+def messages(example: Example, instruction: str = "") -> Messages:
+    """The conversation that asks `example`: one user turn of context, query and an optional instruction."""
+    parts = [part for part in (example.context, example.query, instruction) if part]
+    return [{"role": "user", "content": "\n".join(parts)}]
+
+
+def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: Messages) -> list[int]:
+    """Token ids of `prompt` up to the place where the control token goes."""
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+
+
+def response_ids(tokenizer: "PreTrainedTokenizerBase", response: str) -> list[int]:
+    """Token ids of a written response, end-of-sequence token included; they follow the control token."""
+    return [*tokenizer.encode(response, add_special_tokens=False), tokenizer.eos_token_id]

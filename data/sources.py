@@ -1,0 +1,196 @@
+"""Where examples come from: generated tasks, JSON Lines, JSON and Parquet files, hub data sets by name.
+
+A generated source is a pure function of its index, `Random(seed + index)`. Train, validation and test are kept apart
+by content: the hash of an item's text decides its split, so no item of one split can appear in another, whatever the
+seeds. (Level 1 of `calc` has 210 different items; drawing each split with a seed of its own would repeat them.)
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any, Literal
+
+from siesta.data.errors import DataError
+from siesta.data.schema import Example
+from siesta.data.tasks import calc, hop
+
+Split = Literal["train", "validation", "test"]
+
+TASKS = {"calc": calc, "hop": hop}
+FIELDS = ("id", "context", "query", "answer", "verifier", "level")
+
+
+def split_of(text: str) -> Split:
+    """The split that an item belongs to, from its text: 10 % test, 10 % validation, the rest train."""
+    bucket = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") % 10
+    return {0: "test", 1: "validation"}.get(bucket, "train")  # pyright: ignore[reportReturnType]
+
+
+class TaskSource(Sequence[Example]):
+    """`size` generated items of one split; item i depends on `seed + i` alone.
+
+    Args:
+        task: Key of `TASKS`.
+        level_weights: Share of each level; None draws all levels equally. Validation and test ignore it and go round
+            the levels in turn, so that every level is measured on as many items.
+    """
+
+    def __init__(
+        self, task: str, split: Split, size: int, *, seed: int = 0, level_weights: dict[int, float] | None = None
+    ):
+        self.task, self.split, self.size, self.seed = task, split, size, seed
+        self.levels = list(range(1, TASKS[task].MAX_LEVEL + 1))
+        unknown = set(level_weights or {}) - set(self.levels)
+        if unknown:
+            raise DataError(f"data.level_weights: {task} has levels 1 to {len(self.levels)}, not {sorted(unknown)}")
+        self.weights = [level_weights.get(level, 0.0) for level in self.levels] if level_weights else None
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index):  # noqa: ANN001
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        rng = Random(self.seed + index)
+        if self.split == "train":
+            level = rng.choices(self.levels, self.weights)[0]
+        else:
+            level = self.levels[index % len(self.levels)]
+        while True:
+            example = Example(id=f"{self.task}-{self.split}-{index}", **TASKS[self.task].fields(rng, level))
+            if split_of(example.text) == self.split:
+                return example
+
+
+def read_rows(path: str, *, name: str | None = None, split: str = "train", revision: str | None = None) -> list[dict]:
+    """Rows of a local file or of a hub data set.
+
+    Raises:
+        DataError: The file is missing, is of a kind that is not read, or a row does not parse (file and row are named).
+    """
+    file = Path(path)
+    if file.suffix in (".jsonl", ".json", ".parquet"):
+        if not file.is_file():
+            raise DataError(f"{path}: no such file; paths are relative to the working directory")
+        reader = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}[file.suffix]
+        return reader(file)
+    if file.exists():
+        raise DataError(f"{path}: only .jsonl, .json and .parquet files are read")
+    from datasets import load_dataset
+
+    try:
+        return list(load_dataset(path, name, split=split, revision=revision))
+    except (OSError, ValueError) as error:  # covers an unknown name, an unknown split and no connection
+        raise DataError(f"{path}: not a file, and no data set of this name could be loaded: {_line(error)}") from error
+
+
+def _read_jsonl(file: Path) -> list[dict]:
+    rows = []
+    for number, line in enumerate(_text(file).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise DataError(f"{file}, row {number}: not JSON: {error.msg}") from error
+    return rows
+
+
+def _read_json(file: Path) -> list[dict]:
+    try:
+        rows = json.loads(_text(file))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file}, line {error.lineno}: not JSON: {error.msg}") from error
+    if not isinstance(rows, list):
+        raise DataError(f"{file}: a list of rows is expected, this is a {type(rows).__name__}")
+    return rows
+
+
+def _read_parquet(file: Path) -> list[dict]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(file).to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{file}: not a Parquet file: {_line(error)}") from error
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 at byte {error.start}") from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def to_examples(rows: Iterable[Any], path: str, columns: dict[str, str], verifier: str) -> list[Example]:
+    """Rows as examples.
+
+    Args:
+        path: Named in messages.
+        columns: Field -> column. Fields are `id, context, query, answer, verifier, level` and `responses.<mode>`; one
+            that is not mapped is read from the column of its own name.
+
+    Raises:
+        DataError: A row lacks a query or an answer, or a value is not of the right kind; names file and row.
+    """
+    for name in columns:
+        if name not in FIELDS and not name.startswith("responses."):
+            raise DataError(f"data.columns.{name}: not a field; fields are {', '.join(FIELDS)}, responses.<mode>")
+    return [_to_example(row, number, path, columns, verifier) for number, row in enumerate(rows, start=1)]
+
+
+def _to_example(row: Any, number: int, path: str, columns: dict[str, str], verifier: str) -> Example:
+    where = f"{path}, row {number}"
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: an object is expected, this is a {type(row).__name__}")
+    values: dict[str, str] = {}
+    for name in FIELDS:
+        column = columns.get(name, name)
+        if column in row and row[column] is not None:
+            values[name] = str(row[column]).strip()
+        elif name in columns or name in ("query", "answer"):
+            raise DataError(f"{where}: no column {column!r} (field {name!r}); map it with data.columns.{name}")
+    for name in ("query", "answer"):
+        if not values[name]:
+            raise DataError(f"{where}: {name} is empty")
+    meta: dict[str, Any] = {"responses": _responses(row, where, columns)}
+    if "level" in values:
+        try:
+            meta["level"] = int(values["level"])
+        except ValueError as error:
+            raise DataError(f"{where}: level {values['level']!r} is not a whole number") from error
+    return Example(
+        id=values.get("id", f"{path}:{number}"),
+        context=values.get("context", ""),
+        query=values["query"],
+        answer=values["answer"],
+        verifier=values.get("verifier", verifier),
+        meta=meta,
+    )
+
+
+def _responses(row: dict, where: str, columns: dict[str, str]) -> dict[str, str]:
+    """Worked responses per mode, from the mapped columns or from a `responses` object in the row."""
+    responses = row.get("responses") or {}
+    if not isinstance(responses, dict) or not all(isinstance(text, str) for text in responses.values()):
+        raise DataError(f"{where}: responses must map mode names to text")
+    responses = dict(responses)
+    for name, column in columns.items():
+        if name.startswith("responses."):
+            if not isinstance(row.get(column), str):
+                raise DataError(f"{where}: no text in column {column!r} (field {name!r})")
+            responses[name.removeprefix("responses.")] = row[column]
+    return responses
+
+
+def check_overlap(train: Iterable[Example], evaluation: Iterable[Example]) -> int:
+    """How many evaluation items also stand in the training set, by text with white space folded."""
+    seen = {example.text for example in train}
+    return sum(example.text in seen for example in evaluation)

@@ -1,0 +1,156 @@
+"""Run a verifier in a process of its own that can be killed.
+
+Symbolic mathematics on text a model wrote can take for ever, and a time limit by SIGALRM works only in the main thread
+and not inside C code. Killing a process always works. The worker (`worker.py`) is kept between calls, because importing
+sympy costs as much as hundreds of comparisons; it is replaced after it was killed or died.
+"""
+
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from contextlib import suppress
+from typing import IO, Any, Self
+
+from siesta.rewards.score import Unscorable
+
+STARTUP_LIMIT = 60.0  # seconds for imports; generous: network file systems are slow, and it is paid once per worker
+SECRET_NAME = re.compile("token|key|secret|password", re.IGNORECASE)
+
+
+def clean_environment() -> dict[str, str]:
+    """The environment without what looks like a secret: a verifier has no use for it and may run a model's code."""
+    return {name: value for name, value in os.environ.items() if not SECRET_NAME.search(name)}
+
+
+def end_process(process: subprocess.Popen[bytes], owner: int) -> None:
+    """Kill the worker's whole process group and reap the worker."""
+    if os.getpid() != owner:  # a forked copy of the parent that exits must not take the parent's worker along
+        return
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        assert pipe is not None
+        pipe.close()
+
+
+def wait_for(pipe: IO[bytes], event: int, deadline: float) -> int:
+    """Wait until `pipe` is ready and return its descriptor. poll, because select fails on descriptors above 1023."""
+    poller = select.poll()
+    poller.register(pipe, event)
+    if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        raise TimeoutError
+    return pipe.fileno()
+
+
+class Worker:
+    """One worker process and the two pipes to it. `end()` kills it; so do garbage collection and interpreter exit."""
+
+    def __init__(self, arguments: list[str], folder: str):
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "siesta.rewards.worker", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            cwd=folder,
+            env=clean_environment(),
+            start_new_session=True,
+        )
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.stdin, self.stdout = self.process.stdin, self.process.stdout
+        for pipe in (self.stdin, self.stdout):
+            os.set_blocking(pipe.fileno(), False)  # a write, too, must give up at the deadline
+        self.end = weakref.finalize(self, end_process, self.process, os.getpid())
+
+    def exchange(self, message: bytes, limit: float) -> dict[str, Any]:
+        """Send `message` (may be empty) and return the next reply; Unscorable if none comes within `limit` seconds."""
+        deadline = time.monotonic() + limit
+        reply = b""
+        try:
+            while message:
+                message = message[os.write(wait_for(self.stdin, select.POLLOUT, deadline), message) :]
+            while not reply.endswith(b"\n"):
+                chunk = os.read(wait_for(self.stdout, select.POLLIN, deadline), 65536)
+                if not chunk:
+                    raise EOFError
+                reply += chunk
+        except TimeoutError:
+            raise Unscorable(f"timed out after {limit:g} s") from None
+        except (BrokenPipeError, EOFError):
+            self.end()
+            raise Unscorable(f"the worker died (exit status {self.process.returncode})") from None
+        try:
+            return json.loads(reply)
+        except ValueError:
+            raise Unscorable("the worker sent a garbled reply") from None
+
+
+class IsolatedVerifier:
+    """The verifier at a dotted path, called in a worker process with `timeout` seconds for each call.
+
+    Raises ValueError at once when the path cannot be imported. `example` is a (solution, answer) pair scored while the
+    worker starts, for verifiers that import lazily. Calls from several threads take turns.
+    """
+
+    def __init__(self, path: str, timeout: float, *, example: tuple[str, str] | None = None):
+        if not 0 < timeout < float("inf"):
+            raise ValueError(f"verifier timeout must be a positive number of seconds, not {timeout}")
+        self.path = path
+        self.timeout = timeout
+        self._arguments = [path, *(example or ())]
+        self._folder = os.getcwd()  # a worker started later imports the same modules, wherever the program is by then
+        self._lock = threading.Lock()
+        self._worker: Worker | None = None
+        try:
+            self._start()
+        except Unscorable as error:
+            raise ValueError(f"verifier {path!r} cannot be loaded: {error.reason}") from None
+
+    def __call__(self, solution: str, answer: str) -> float:
+        message = json.dumps({"solution": solution, "answer": answer}).encode() + b"\n"
+        with self._lock:
+            if self._worker is not None and self._worker.process.poll() is not None:
+                self._stop()  # it died between two calls, which is no fault of this rollout
+            reply = self._exchange(self._worker or self._start(), message, self.timeout)
+        if "failed" in reply:
+            raise Unscorable(reply["failed"])
+        return reply["score"]
+
+    def _start(self) -> Worker:
+        worker = self._worker = Worker(self._arguments, self._folder)
+        reply = self._exchange(worker, b"", STARTUP_LIMIT)
+        if "failed" in reply:
+            self._stop()
+            raise Unscorable(reply["failed"])
+        return worker
+
+    def _exchange(self, worker: Worker, message: bytes, limit: float) -> dict[str, Any]:
+        try:
+            return worker.exchange(message, limit)
+        except BaseException:  # KeyboardInterrupt as well: a late reply must never answer the next call
+            self._stop()
+            raise
+
+    def _stop(self) -> None:
+        if self._worker is not None:
+            self._worker.end()
+            self._worker = None
+
+    def close(self) -> None:
+        """End the worker now instead of at interpreter exit. A later call would start a new one."""
+        with self._lock:
+            self._stop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,84 @@
+"""The process in which a verifier runs: python -m siesta.rewards.worker package.module.function [solution answer]
+
+Only `isolated.IsolatedVerifier` starts it, as the leader of its own session. One JSON line comes in per call and one
+goes out; the first line out is {"ready": true} or {"failed": reason}. JSON, not pickle, so nothing that arrives can run
+as code.
+
+A verifier may print, read standard input, fork or hang, and none of that may disturb the conversation. So the pipes move
+to private descriptors that spawned programs do not inherit, and descriptors 0 to 2 become /dev/null. The optional solution
+and answer are scored once before "ready": what the verifier imports or compiles at its first call is paid for there.
+"""
+
+import importlib
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+from typing import BinaryIO
+
+from siesta.rewards.score import Unscorable, Verifier, guarded, reason_of
+
+
+def claim_pipes() -> tuple[BinaryIO, BinaryIO]:
+    """The pipes to the parent on private descriptors, with 0, 1 and 2 pointing to /dev/null from here on."""
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb", buffering=0)
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(null, descriptor)
+    return requests, replies
+
+
+def load(path: str) -> Verifier:
+    """The function at a dotted path."""
+    module, _, name = path.rpartition(".")
+    verifier = getattr(importlib.import_module(module), name)
+    if not callable(verifier):
+        raise TypeError(f"{path} is not callable")
+    return verifier
+
+
+def collect(requests: BinaryIO, inbox: queue.SimpleQueue[bytes]) -> None:
+    """Thread: queue the requests, and end everything when the parent closes the pipe or is gone.
+
+    It reads beside the main thread because a verifier that hangs would never get to see the end of the pipe, and would
+    outlive a killed run. Children that the verifier forked are in the same process group and go with it.
+    """
+    for line in requests:
+        inbox.put(line)
+    os.killpg(0, signal.SIGKILL)
+
+
+def send(replies: BinaryIO, message: dict[str, object]) -> None:
+    replies.write(json.dumps(message).encode() + b"\n")
+
+
+def main(path: str, *example: str) -> None:
+    requests, replies = claim_pipes()
+    inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=collect, args=(requests, inbox), daemon=True).start()
+    if os.getcwd() not in sys.path:  # `-m` puts it there, unless PYTHONSAFEPATH is set
+        sys.path.insert(0, os.getcwd())
+    try:
+        verifier = guarded(load(path))
+        if example:
+            verifier(*example)
+    except Exception as error:
+        send(replies, {"failed": error.reason if isinstance(error, Unscorable) else reason_of(error)})
+        return
+    send(replies, {"ready": True})
+    own_id = os.getpid()
+    while True:
+        request = json.loads(inbox.get())
+        try:
+            reply: dict[str, object] = {"score": verifier(request["solution"], request["answer"])}
+        except Unscorable as error:
+            reply = {"failed": error.reason}
+        if os.getpid() != own_id:  # a child that the verifier forked came back too: it must not answer a second time
+            os._exit(0)
+        send(replies, reply)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

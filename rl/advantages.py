@@ -1,0 +1,114 @@
+"""What each token is blamed or praised for, and how much it weighs: mode values, advantages, mode targets, weights.
+
+Pure functions on one generation batch. P prompts, G rollouts each, M modes; B = P * G rollouts in group order, T tokens.
+An unscorable rollout has reward NaN: it enters no mean, weighs nothing and is not counted in N.
+"""
+
+import torch
+
+
+def mode_values(rewards: torch.Tensor, modes: torch.Tensor, num_modes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Q(x, m), the mean reward of a group's scorable rollouts in mode m.
+
+    Args:
+        rewards: Shape (P, G); NaN for unscorable.
+        modes: Mode of each rollout, shape (P, G), long.
+
+    Returns:
+        Q of shape (P, M), NaN where a group holds no scorable rollout of the mode, and the counts behind it, (P, M).
+    """
+    scorable = ~rewards.isnan()
+    member = (modes[..., None] == torch.arange(num_modes, device=modes.device)) & scorable[..., None]  # (P, G, M)
+    counts = member.sum(dim=1).to(rewards.dtype)
+    totals = (member * rewards.nan_to_num(0.0)[..., None]).sum(dim=1)
+    return totals / counts, counts  # 0 / 0 is NaN: the value is not known
+
+
+def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
+    """r_i - mean of the group, Thinkless' A for every token. (P, G) -> (P, G); 0 for unscorable rollouts."""
+    return (rewards - rewards.nanmean(dim=1, keepdim=True)).nan_to_num(0.0)
+
+
+def per_mode_advantages(
+    rewards: torch.Tensor, modes: torch.Tensor, values: torch.Tensor, mode_probs: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Credit taken apart: which mode was right, and how good the answer was for its mode.
+
+    Args:
+        rewards, modes: Shape (P, G).
+        values: Q(x, m), shape (P, M), NaN where unknown.
+        mode_probs: pi_old(m given x), shape (P, M).
+
+    Returns:
+        Mode advantage Q(x, m_i) - sum_m pi(m) Q(x, m) and response advantage r_i - Q(x, m_i), each (P, G). The sum
+        runs over the modes whose value is known, pi renormalised over them.
+    """
+    known = ~values.isnan()
+    probs = torch.where(known, mode_probs, 0.0)
+    probs = probs / probs.sum(dim=1, keepdim=True)
+    baseline = (probs * values.nan_to_num(0.0)).sum(dim=1, keepdim=True)  # (P, 1)
+    own = values.gather(1, modes)
+    return (own - baseline).nan_to_num(0.0), (rewards - own).nan_to_num(0.0)
+
+
+def shrink_values(values: torch.Tensor, counts: torch.Tensor, strength: float) -> torch.Tensor:
+    """Q pulled towards its mode's mean over the batch, as if `strength` more rollouts had shown that mean. (P, M).
+
+    Q of a few rollouts is noisy, and a cold target turns noise into certainty (the winner's curse).
+    """
+    shared = values.nanmean(dim=0, keepdim=True)
+    return (counts * values.nan_to_num(0.0) + strength * shared) / (counts + strength)
+
+
+def mode_targets(values: torch.Tensor, prior: torch.Tensor, tau: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best mode policy under a KL price tau to the prior: pi*(m given x) proportional to prior(m) exp(Q(x, m) / tau).
+
+    Args:
+        values: Q(x, m), shape (P, M).
+        prior: Shape (M,), positive.
+        tau: Price of certainty, in reward units.
+
+    Returns:
+        Targets (P, M), and which prompts have one, (P,): a prompt needs the value of every mode.
+    """
+    known = ~values.isnan().any(dim=1)
+    return torch.softmax(prior.log() + values / tau, dim=1), known
+
+
+def mode_weights(chosen: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
+    """rho = pi_old(m_i given x) / q(m_i given x), the exact importance weight of a forced mode.
+
+    Args:
+        chosen: pi_old of each rollout's mode, any shape.
+        sampled: q of it, the share of the group's rollouts that the mode plan gives to the mode; same shape.
+    """
+    return chosen / sampled
+
+
+def token_weights(
+    completion_mask: torch.Tensor, scorable: torch.Tensor, num_rollouts: float, *, control: torch.Tensor, decoupled: bool
+) -> torch.Tensor:
+    """w_{i,t} of the policy loss.
+
+    Args:
+        completion_mask: 1 on completion tokens, control token first, shape (B, T).
+        scorable: Rollouts that count, shape (B,), bool.
+        num_rollouts: N, scorable rollouts of the whole optimizer step over all ranks.
+        control: Factor of each control token, shape (B,): alpha * rho_i.
+        decoupled: True: the control token weighs control / N and each response token 1 / (N T_i). False is plain GRPO:
+            every one of the T_i + 1 tokens weighs 1 / (N (T_i + 1)), and `control` is not used.
+    """
+    mask = completion_mask.to(control.dtype) * scorable[:, None]
+    weights = mask.clone()
+    if decoupled:
+        weights[:, 1:] /= mask[:, 1:].sum(dim=1, keepdim=True).clamp(min=1)
+        weights[:, 0] *= control
+    else:
+        weights /= mask.sum(dim=1, keepdim=True).clamp(min=1)
+    return weights / max(num_rollouts, 1.0)
+
+
+def kl_weights(completion_mask: torch.Tensor, scorable: torch.Tensor, num_rollouts: float) -> torch.Tensor:
+    """v_{i,t} of the KL term, 1 / (N (T_i + 1)): a mean over each rollout's tokens, then over rollouts. (B, T)."""
+    mask = completion_mask.to(torch.float32) * scorable[:, None]
+    return mask / mask.sum(dim=1, keepdim=True).clamp(min=1) / max(num_rollouts, 1.0)

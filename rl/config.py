@@ -1,0 +1,128 @@
+"""Settings of DeGRPO: everything GRPOConfig has, plus the mode objective. This is the recipe's `rl:` section."""
+
+from dataclasses import dataclass, field, fields
+
+from trl import GRPOConfig
+
+from siesta.data.errors import RecipeError
+
+# GRPOConfig fields whose effect DeGRPO does not have. Setting one would silently do nothing or bias the loss.
+REFUSED = {
+    "loss_type": "the loss is the weighted token sum of rl/loss.py; use `decoupled: false` for plain GRPO",
+    "importance_sampling_level": "ratios are per token",
+    "multi_objective_aggregation": "there is one reward",
+    "reward_weights": "there is one reward",
+    "delta": "two-sided clipping is not part of the loss",
+    "top_entropy_quantile": "the loss has no entropy mask",
+    "entropy_coef": "the loss has no entropy bonus",
+    "use_adaptive_entropy": "the loss has no entropy bonus",
+    "off_policy_mask_threshold": "the loss has no off-policy mask",
+    "use_bias_correction_kl": "the KL term is the plain k3 estimator",
+    "use_liger_kernel": "there is one loss path",
+    "use_transformers_continuous_batching": "it casts the trained weights to bf16 during rollouts",
+    "use_transformers_paged": "it casts the trained weights to bf16 during rollouts",
+    "top_p": "a truncated sampler is not the policy in the loss",
+    "top_k": "a truncated sampler is not the policy in the loss",
+    "min_p": "a truncated sampler is not the policy in the loss",
+    "repetition_penalty": "a penalised sampler is not the policy in the loss",
+    "max_completion_length": "caps are per mode: modes.<name>.max_tokens",
+    "chat_template_kwargs": "all stages share one template: set model.chat_template",
+    "model_init_kwargs": "the model section says how the model is loaded",
+    "num_generations_eval": "evaluation has its own section",
+    "eval_strategy": "evaluation has its own section: evaluate.every",
+    "do_eval": "evaluation has its own section: evaluate.every",
+    "output_dir": "the run directory is tracking.output_dir / tracking.run",
+    "run_name": "the run is called tracking.run",
+    "report_to": "trackers are named in tracking.report_to",
+    "push_to_hub": "checkpoints are exported by the export stage",
+}
+
+
+@dataclass
+class DeGRPOConfig(GRPOConfig):
+    """Decoupled GRPO. Reproduces Thinkless with `mode_objective: policy_gradient, mode_sampling: free,
+    advantage: group, alpha: 0.001`; plain GRPO is that with `decoupled: false`.
+    """
+
+    mode_objective: str = field(
+        default="target",
+        metadata={"help": "`target`: cross-entropy to pi* ~ prior exp(Q / tau). `policy_gradient`: Thinkless' term."},
+    )
+    mode_sampling: str = field(
+        default="stratified",
+        metadata={"help": "`free`: modes drawn from the model. `stratified`: equal shares. `floor`: free, but at least "
+                          "`mode_floor` rollouts of each mode."},
+    )  # fmt: skip
+    mode_floor: int = field(default=1, metadata={"help": "Rollouts of each mode that `floor` forces in every group."})
+    mode_floor_steps: int = field(
+        default=0, metadata={"help": "Anneal the floor to 0 over this many steps; 0 keeps it. Policy gradient only."}
+    )
+    advantage: str = field(
+        default="per_mode",
+        metadata={"help": "`group`: r - group mean on every token. `per_mode`: mode and response credit apart."},
+    )
+    decoupled: bool = field(
+        default=True, metadata={"help": "False: plain GRPO, the control token weighs as any other, 1 / (T + 1)."}
+    )
+    alpha: float = field(default=1.0, metadata={"help": "Weight of the control token's term."})
+    tau: float = field(default=0.1, metadata={"help": "Mode target: price of certainty, in reward units."})
+    tau_start: float | None = field(
+        default=None, metadata={"help": "Anneal tau linearly from here to `tau` over the first half of the run."}
+    )
+    value_shrinkage: float = field(
+        default=0.0, metadata={"help": "Pull Q(x, m) towards its batch mean, as if this many rollouts had shown it."}
+    )
+    price_per_token: float = field(default=0.0, metadata={"help": "Reward units paid per response token."})
+    verifier_timeout: float = field(default=10.0, metadata={"help": "Seconds a verifier may take for one answer."})
+
+    # Other defaults than TRL's.
+    scale_rewards: str = field(
+        default="none", metadata={"help": "`none`, or `group` to divide advantages by the group's standard deviation."}
+    )
+    vllm_importance_sampling_mode: str = field(
+        default="token_truncate", metadata={"help": "Per token; sequence-level correction drops long rollouts first."}
+    )
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "False: a NaN loss is shown as NaN."})
+
+    def __post_init__(self):
+        for name, reason in REFUSED.items():
+            default = next(f.default for f in fields(GRPOConfig) if f.name == name)
+            if name != "output_dir" and getattr(self, name) != default:
+                raise RecipeError(f"rl.{name}: not a setting of DeGRPO: {reason}")
+        super().__post_init__()
+
+
+def check_method(config: DeGRPOConfig, num_modes: int) -> None:
+    """Refuse combinations that train something else than they say.
+
+    Raises:
+        RecipeError: With the key to change.
+    """
+    choices = {
+        "mode_objective": ("target", "policy_gradient"),
+        "mode_sampling": ("free", "stratified", "floor"),
+        "advantage": ("group", "per_mode"),
+        "scale_rewards": ("none", "group"),
+        "vllm_importance_sampling_mode": ("token_truncate", "token_mask"),
+    }
+    for name, allowed in choices.items():
+        if getattr(config, name) not in allowed:
+            raise RecipeError(f"rl.{name}: {getattr(config, name)!r} is not one of {', '.join(allowed)}")
+    group = config.num_generations
+    target = config.mode_objective == "target"
+    if group < num_modes:
+        raise RecipeError(f"rl.num_generations: {group} rollouts cannot hold {num_modes} modes; use at least {num_modes}")
+    if config.mode_sampling == "floor" and not 1 <= config.mode_floor * num_modes <= group:
+        raise RecipeError(f"rl.mode_floor: {config.mode_floor} of each of {num_modes} modes does not fit {group} rollouts")
+    if target and config.mode_sampling == "free":
+        raise RecipeError("rl.mode_sampling: mode targets need every mode in every group; use stratified or floor")
+    if target and config.mode_sampling == "floor" and config.mode_floor_steps:
+        raise RecipeError("rl.mode_floor_steps: mode targets need the floor to the end; set it to 0")
+    if target and not config.decoupled:
+        raise RecipeError("rl.decoupled: plain GRPO has no mode target; set mode_objective: policy_gradient")
+    if config.scale_rewards == "group" and config.advantage == "per_mode":
+        raise RecipeError("rl.scale_rewards: per_mode advantages are not scaled; use advantage: group or scale_rewards: none")
+    for name in ("tau", "tau_start", "alpha", "verifier_timeout"):
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise RecipeError(f"rl.{name}: {value} must be positive")

@@ -1,0 +1,291 @@
+"""A recipe is one YAML file: what to build, on which data, with which settings. It is checked in full before any work.
+
+Unknown keys are errors, because a misspelt setting is a run that silently trains something else. The sections `warmup`
+and `rl` also take every field of TRL's SFTConfig and GRPOConfig. `section.key=value` on the command line overrides.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from trl import SFTConfig
+
+from siesta.data.errors import RecipeError
+from siesta.rl.config import DeGRPOConfig
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+class Section(BaseModel):
+    """Part of a recipe: unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+class Embedded(Section):
+    """Size of the model that is built on the spot."""
+
+    layers: int = Field(3, ge=1)
+    hidden_size: int = Field(128, ge=8)
+    heads: int = Field(4, ge=1)
+    init: float = Field(0.05, gt=0)
+
+
+class ModelSection(Section):
+    """Which model is trained: a path or hub name, or nothing for the embedded one."""
+
+    path: str | None = None
+    revision: str | None = None
+    embedded: Embedded = Embedded()
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    chat_template: Path | None = None
+    trust_remote_code: bool = False
+    lora: dict[str, Any] | None = None
+
+
+class ModeSection(Section):
+    """One way to answer; see `siesta.rl.modes.Mode`."""
+
+    token: str
+    max_tokens: int = Field(ge=1)
+    correct: float = 1.0
+    wrong: float = -1.0
+    answer_after: str | None = None
+    prior: float = Field(1.0, gt=0)
+
+
+class Source(Section):
+    """A file (.jsonl, .json, .parquet) or a hub data set."""
+
+    path: str
+    name: str | None = None
+    split: str = "train"
+    revision: str | None = None
+
+
+class DataSection(Section):
+    """Items: a generated task, or sources with a column map."""
+
+    task: Literal["calc", "hop"] | None = None
+    level_weights: dict[int, float] | None = None
+    train: Source | None = None
+    validation: Source | None = None
+    test: Source | None = None
+    columns: dict[str, str] = {}
+    verifier: str = "exact"
+    instruction: str = ""
+    train_size: int = Field(20_000, ge=1)
+    max_prompt_tokens: int = Field(512, ge=1)
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def one_origin(self) -> "DataSection":
+        if (self.task is None) == (self.train is None):
+            raise ValueError("give either `task` or `train`")
+        if self.task is None and self.test is None:
+            raise ValueError("`train` needs a `test` source beside it")
+        return self
+
+
+class TrainerSection(BaseModel):
+    """A section that also takes every field of a TRL config. The own fields are declared, the rest is checked by name."""
+
+    model_config = ConfigDict(extra="allow", validate_default=True)
+
+    def trainer_fields(self) -> dict[str, Any]:
+        """What goes to the TRL config."""
+        return dict(self.__pydantic_extra__ or {})
+
+
+class WarmupSection(TrainerSection):
+    """Supervised start: both modes are taught before RL chooses between them."""
+
+    enabled: bool = True
+    pairing: Literal["paired", "cross"] = "cross"
+    shares: dict[str, float] | None = None
+    check_every: int = Field(100, ge=1)
+    check_items: int = Field(160, ge=1)
+    stop: dict[str, float] = {}
+    min_mass: float = Field(0.95, ge=0, le=1)
+    min_share: float = Field(0.02, ge=0, le=1)
+
+
+class GuardSection(Section):
+    """When the mode policy counts as collapsed, and what happens then."""
+
+    min_share: float = Field(0.01, ge=0, le=1)
+    max_share: float = Field(0.99, ge=0, le=1)
+    min_entropy: float = Field(0.05, ge=0)
+    window: int = Field(20, ge=1)
+    action: Literal["warn", "save", "stop"] = "save"
+
+
+class RLSection(TrainerSection):
+    """DeGRPO; the fields are those of `siesta.rl.config.DeGRPOConfig`."""
+
+    enabled: bool = True
+    guard: GuardSection = GuardSection()
+
+
+class EvaluateSection(Section):
+    """How the policies are measured."""
+
+    items: int = Field(400, ge=1)
+    samples: int = Field(8, ge=1)
+    batch_size: int = Field(256, ge=1)
+    resamples: int = Field(1000, ge=1)
+    every: int = Field(0, ge=0, description="Validate during RL every so many steps; 0: never.")
+    every_items: int = Field(160, ge=1)
+    every_samples: int = Field(4, ge=1)
+    seed: int = 0
+
+
+class ExportSection(Section):
+    """The folder that is served."""
+
+    enabled: bool = True
+    dtype: Literal["float32", "bfloat16"] | None = None
+
+
+class TrackingSection(Section):
+    """Where the run goes and who watches it."""
+
+    output_dir: Path = Path("outputs")
+    run: str | None = None
+    report_to: list[Literal["wandb", "tensorboard", "trackio"]] = []
+    project: str = "siesta"
+    samples: int = Field(4, ge=0, description="Rollouts written to samples.jsonl at every log.")
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    seed: int = 0
+    model: ModelSection = ModelSection()
+    modes: dict[str, ModeSection]
+    data: DataSection
+    warmup: WarmupSection = WarmupSection()
+    rl: RLSection = RLSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    export: ExportSection = ExportSection()
+    tracking: TrackingSection = TrackingSection()
+
+    @property
+    def run_dir(self) -> Path:
+        return self.tracking.output_dir / str(self.tracking.run)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override and check a recipe.
+
+    Args:
+        path: A file, or the name of a shipped recipe (`quickstart`).
+        overrides: `section.key=value`, value in YAML.
+
+    Raises:
+        RecipeError: One line with the file and the path of the key.
+    """
+    file = find_recipe(path)
+    for override in overrides:
+        if "=" not in override:
+            raise RecipeError(f"override {override!r} is not of the form section.key=value")
+    try:
+        # OmegaConf reads with a safe YAML loader: a recipe cannot construct Python objects.
+        merged = OmegaConf.merge(OmegaConf.load(file), OmegaConf.from_dotlist(list(overrides)))
+        content = OmegaConf.to_container(merged, resolve=True)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise RecipeError(f"{file}: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{file}: a recipe is a mapping of sections, this is a {type(content).__name__}")
+    try:
+        recipe = Recipe.model_validate(content)
+        recipe.warmup = check_trainer_section("warmup", recipe.warmup, SFTConfig)
+        recipe.rl = check_trainer_section("rl", recipe.rl, DeGRPOConfig)
+    except ValidationError as error:
+        raise RecipeError(f"{file}: {describe(error)}") from error
+    except RecipeError as error:
+        raise RecipeError(f"{file}: {error}") from error
+    check_modes(file, recipe)
+    recipe.tracking.run = recipe.tracking.run or file.stem
+    return recipe
+
+
+def find_recipe(path: str | Path) -> Path:
+    """A file as given, or a shipped recipe by name."""
+    file, shipped = Path(path), RECIPES / f"{path}.yaml"
+    for candidate in (file, shipped):
+        if candidate.is_file():
+            return candidate
+    names = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
+    raise RecipeError(f"{file}: no such recipe; give a YAML file or one of: {names}")
+
+
+def check_trainer_section(name: str, section: Any, config: type) -> Any:
+    """Check the pass-through keys of a section against the fields of a TRL config, and give values their field's type.
+
+    YAML reads `1e-6` and "true" as text in places; the field's annotation says what was meant.
+    """
+    hints = get_type_hints(config)
+    known = {f.name for f in dataclasses.fields(config) if f.init}
+    for key, value in section.trainer_fields().items():
+        if key not in known:
+            raise RecipeError(unknown_key(f"{name}.{key}", key, known | set(type(section).model_fields)))
+        try:
+            section.__pydantic_extra__[key] = TypeAdapter(hints[key]).validate_python(value)
+        except ValidationError as error:
+            raise RecipeError(f"{name}.{key}: {error.errors()[0]['msg']}, got {value!r}") from error
+    return section
+
+
+def check_modes(file: Path, recipe: Recipe) -> None:
+    """At least two modes, each with its own token; other sections name only these."""
+    if len(recipe.modes) < 2:
+        raise RecipeError(f"{file}: modes: at least two modes are needed, found {len(recipe.modes)}")
+    tokens = [mode.token for mode in recipe.modes.values()]
+    if len(set(tokens)) < len(tokens):
+        raise RecipeError(f"{file}: modes: two modes share a control token")
+    named = {"warmup.shares": recipe.warmup.shares or {}, "warmup.stop": recipe.warmup.stop}
+    for section, keys in named.items():
+        for key in keys:
+            if key.split("@")[0] not in recipe.modes:
+                raise RecipeError(f"{file}: " + unknown_key(f"{section}.{key}", key, set(recipe.modes)))
+
+
+def unknown_key(path: str, key: str, known: set[str]) -> str:
+    """Message for a key that nobody knows, with the nearest known one."""
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(sorted(known)[:12])}"
+    return f"{path}: unknown key{hint}"
+
+
+def describe(error: ValidationError) -> str:
+    """The first fault of a recipe in one line: path of the key, what is wrong, what was meant."""
+    fault = error.errors()[0]
+    path = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        section: Any = Recipe
+        for part in fault["loc"][:-1]:
+            section = section_type(section, part)
+        return unknown_key(path, str(fault["loc"][-1]), set(section.model_fields))
+    got = "" if fault["type"] == "missing" else f", got {fault['input']!r}"
+    return f"{path}: {fault['msg']}{got}"
+
+
+def section_type(section: type[BaseModel], key: Any) -> type[BaseModel]:
+    """Model class behind `key` of a section; a mapping such as `modes` hands on the class of its values."""
+    if key not in section.model_fields:
+        return section
+    annotation = section.model_fields[key].annotation
+    candidates = [annotation, *get_args(annotation)]
+    return next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
