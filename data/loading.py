@@ -42,4 +42,4 @@ def check_splits(section: "DataSection") -> None:
     test = load_examples(section, "test", 10**9)
     shared = check_overlap(train, test)
     if shared:
-        raise DataError(f"{section.test.path}: {shared} of {len(test)} test items also stand in the training set; remove them")  # fmt: skip  # pyright: ignore[reportOptionalMemberAccess]
+        raise DataError(f"data.test: {shared} of {len(test)} test items also stand in the training set; remove them")

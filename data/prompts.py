@@ -22,7 +22,9 @@ def messages(example: Example, instruction: str = "") -> Messages:
 
 def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: Messages) -> list[int]:
     """Token ids of `prompt` up to the place where the control token goes."""
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
+        "input_ids"
+    ]
 
 
 def response_ids(tokenizer: "PreTrainedTokenizerBase", response: str) -> list[int]:

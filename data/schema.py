@@ -1,4 +1,4 @@
-"""The one record that every source yields: what is known before the question, the question, and what counts as right."""
+"""The one record that every source yields: what is known beforehand, the question, and what counts as right."""
 
 from dataclasses import dataclass, field
 from typing import Any

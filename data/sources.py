@@ -50,7 +50,7 @@ class TaskSource(Sequence[Example]):
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, index):  # noqa: ANN001
+    def __getitem__(self, index):
         if not 0 <= index < self.size:
             raise IndexError(index)
         rng = Random(self.seed + index)
@@ -68,7 +68,7 @@ def read_rows(path: str, *, name: str | None = None, split: str = "train", revis
     """Rows of a local file or of a hub data set.
 
     Raises:
-        DataError: The file is missing, is of a kind that is not read, or a row does not parse (file and row are named).
+        DataError: The file is missing or of a kind that is not read, or a row does not parse; names file and row.
     """
     file = Path(path)
     if file.suffix in (".jsonl", ".json", ".parquet"):

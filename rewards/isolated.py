@@ -1,8 +1,8 @@
 """Run a verifier in a process of its own that can be killed.
 
-Symbolic mathematics on text a model wrote can take for ever, and a time limit by SIGALRM works only in the main thread
-and not inside C code. Killing a process always works. The worker (`worker.py`) is kept between calls, because importing
-sympy costs as much as hundreds of comparisons; it is replaced after it was killed or died.
+Symbolic mathematics on text a model wrote can take for ever, and a time limit by SIGALRM works only in the main
+thread and not inside C code. Killing a process always works. The worker (`worker.py`) is kept between calls,
+because importing sympy costs as much as hundreds of comparisons. It is replaced after it was killed or died.
 """
 
 import json

@@ -1,9 +1,8 @@
 """The one contract every verifier meets: a score in [0, 1], or Unscorable with a reason.
 
-A verifier that fails says nothing about the answer. Scoring such a rollout 0 would blame the model for a fault of the
-data or of the verifier, so a failure is never a number: it is an exception, and the caller leaves the rollout out
-and counts it.
-This module is imported by the worker process as well, so it stays on the standard library.
+A verifier that fails says nothing about the answer. Scoring such a rollout 0 would blame the model for a fault of
+the data or of the verifier, so a failure is never a number: it is an exception, and the caller leaves the rollout
+out and counts it. This module is imported by the worker process as well, so it stays on the standard library.
 """
 
 import numbers
@@ -46,7 +45,7 @@ def guarded(verifier: Verifier) -> Callable[[str, str], float]:
             return as_score(verifier(solution, answer))
         except Unscorable:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a library that calls sys.exit must not end the run
             raise Unscorable(reason_of(error)) from error
 
     return score

@@ -1,12 +1,13 @@
 """The process in which a verifier runs: python -m siesta.rewards.worker package.module.function [solution answer]
 
-Only `isolated.IsolatedVerifier` starts it, as the leader of its own session. One JSON line comes in per call and one
-goes out; the first line out is {"ready": true} or {"failed": reason}. JSON, not pickle, so nothing that arrives can run
-as code.
+Only `isolated.IsolatedVerifier` starts it, as the leader of its own session. One JSON line comes in per call and
+one goes out; the first line out is {"ready": true} or {"failed": reason}. JSON, not pickle, so nothing that arrives
+can run as code.
 
-A verifier may print, read standard input, fork or hang, and none of that may disturb the conversation. So the pipes move
-to private descriptors that spawned programs do not inherit, and descriptors 0 to 2 become /dev/null. The optional solution
-and answer are scored once before "ready": what the verifier imports or compiles at its first call is paid for there.
+A verifier may print, read standard input, fork or hang, and none of that may disturb the conversation. So the pipes
+move to private descriptors that spawned programs do not inherit, and descriptors 0 to 2 become /dev/null. The
+optional solution and answer are scored once before "ready": what the verifier imports or compiles at its first call
+is paid for there.
 """
 
 import importlib
@@ -33,7 +34,7 @@ def claim_pipes() -> tuple[BinaryIO, BinaryIO]:
 def load(path: str) -> Verifier:
     """The function at a dotted path."""
     module, _, name = path.rpartition(".")
-    verifier = getattr(importlib.import_module(module), name)
+    verifier: Verifier = getattr(importlib.import_module(module), name)
     if not callable(verifier):
         raise TypeError(f"{path} is not callable")
     return verifier
@@ -64,7 +65,7 @@ def main(path: str, *example: str) -> None:
         verifier = guarded(load(path))
         if example:
             verifier(*example)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # SystemExit: a script without a main guard
         send(replies, {"failed": error.reason if isinstance(error, Unscorable) else reason_of(error)})
         return
     send(replies, {"ready": True})

@@ -1,10 +1,83 @@
-"""What each token is blamed or praised for, and how much it weighs: mode values, advantages, mode targets, weights.
+"""What each token is credited with, and how much it weighs: mode values, advantages, mode targets, weights.
 
-Pure functions on one generation batch. P prompts, G rollouts each, M modes; B = P * G rollouts in group order, T tokens.
+Pure functions on one generation batch: P prompts, G rollouts each, M modes; B = P * G rollouts in group order; T tokens.
 An unscorable rollout has reward NaN: it enters no mean, weighs nothing and is not counted in N.
 """
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
 import torch
+
+if TYPE_CHECKING:
+    from siesta.rl.config import DeGRPOConfig
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Outcomes of one generation batch over all ranks, in group order; every tensor is (B,) but `mode_probs` (B, M).
+
+    Args:
+        group: G.
+        rewards, scores: NaN where the verifier failed.
+        lengths: Response tokens.
+        truncated: 1 where the mode's cap cut the response.
+        modes: Long.
+        importance: rho_i = pi_old(m_i given x_i) / q(m_i given x_i).
+        mass: Probability on control tokens at the first position.
+        mode_probs: pi_old(m given x_i).
+    """
+
+    group: int
+    rewards: torch.Tensor
+    scores: torch.Tensor
+    lengths: torch.Tensor
+    truncated: torch.Tensor
+    modes: torch.Tensor
+    importance: torch.Tensor
+    mass: torch.Tensor
+    mode_probs: torch.Tensor
+
+    @classmethod
+    def from_columns(cls, columns: torch.Tensor, group: int) -> "Rollouts":
+        """From one gathered tensor (B, 7 + M) whose columns stand in the order of the fields."""
+        rewards, scores, lengths, truncated, modes, importance, mass = columns[:, :7].unbind(1)
+        return cls(group, rewards, scores, lengths, truncated, modes.long(), importance, mass, columns[:, 7:])
+
+    @property
+    def scorable(self) -> torch.Tensor:
+        return ~self.rewards.isnan()
+
+
+@dataclass(frozen=True)
+class Credit:
+    """What each rollout's tokens are credited with, (B,) each; `targets` (B, M) only for mode targets."""
+
+    mode_advantages: torch.Tensor
+    response_advantages: torch.Tensor
+    targets: torch.Tensor | None
+    target_known: torch.Tensor
+
+
+def assign_credit(rollouts: Rollouts, method: "DeGRPOConfig", *, prior: list[float], tau: float) -> Credit:
+    """Advantages and mode targets of a generation batch under a method's settings."""
+    grid = (-1, rollouts.group)
+    rewards, modes = rollouts.rewards.view(grid), rollouts.modes.view(grid)
+    values, counts = mode_values(rewards, modes, len(prior))
+    if method.advantage == "group":
+        mode_advantages = response_advantages = group_advantages(rewards, scale=method.scale_rewards == "group")
+    else:
+        mode_probs = rollouts.mode_probs[:: rollouts.group]
+        mode_advantages, response_advantages = per_mode_advantages(rewards, modes, values, mode_probs)
+    targets, known = None, torch.zeros(len(values), dtype=torch.bool)
+    if method.mode_objective == "target":
+        if method.value_shrinkage > 0:
+            values = shrink_values(values, counts, method.value_shrinkage)
+        targets, known = mode_targets(values, torch.tensor(prior), tau)
+        targets = targets.repeat_interleave(rollouts.group, dim=0)
+    return Credit(
+        mode_advantages.flatten(), response_advantages.flatten(), targets, known.repeat_interleave(rollouts.group)
+    )
 
 
 def mode_values(rewards: torch.Tensor, modes: torch.Tensor, num_modes: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -24,9 +97,16 @@ def mode_values(rewards: torch.Tensor, modes: torch.Tensor, num_modes: int) -> t
     return totals / counts, counts  # 0 / 0 is NaN: the value is not known
 
 
-def group_advantages(rewards: torch.Tensor) -> torch.Tensor:
-    """r_i - mean of the group, Thinkless' A for every token. (P, G) -> (P, G); 0 for unscorable rollouts."""
-    return (rewards - rewards.nanmean(dim=1, keepdim=True)).nan_to_num(0.0)
+def group_advantages(rewards: torch.Tensor, *, scale: bool = False) -> torch.Tensor:
+    """r_i - mean of the group, Thinkless' A for every token. (P, G) -> (P, G); 0 for unscorable rollouts.
+
+    `scale` divides by the group's standard deviation, as GRPO first did.
+    """
+    centred = rewards - rewards.nanmean(dim=1, keepdim=True)
+    if scale:
+        degrees = ((~rewards.isnan()).sum(dim=1, keepdim=True) - 1).clamp(min=1)
+        centred = centred / ((centred.nan_to_num(0.0) ** 2).sum(dim=1, keepdim=True) / degrees).sqrt().add(1e-4)
+    return centred.nan_to_num(0.0)
 
 
 def per_mode_advantages(
@@ -61,7 +141,7 @@ def shrink_values(values: torch.Tensor, counts: torch.Tensor, strength: float) -
 
 
 def mode_targets(values: torch.Tensor, prior: torch.Tensor, tau: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The best mode policy under a KL price tau to the prior: pi*(m given x) proportional to prior(m) exp(Q(x, m) / tau).
+    """pi*(m given x) proportional to prior(m) exp(Q(x, m) / tau): the best mode policy at a price tau on KL to the prior.
 
     Args:
         values: Q(x, m), shape (P, M).
@@ -86,7 +166,12 @@ def mode_weights(chosen: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
 
 
 def token_weights(
-    completion_mask: torch.Tensor, scorable: torch.Tensor, num_rollouts: float, *, control: torch.Tensor, decoupled: bool
+    completion_mask: torch.Tensor,
+    scorable: torch.Tensor,
+    num_rollouts: float,
+    *,
+    control: torch.Tensor,
+    decoupled: bool,
 ) -> torch.Tensor:
     """w_{i,t} of the policy loss.
 

@@ -50,9 +50,10 @@ class DeGRPOConfig(GRPOConfig):
     )
     mode_sampling: str = field(
         default="stratified",
-        metadata={"help": "`free`: modes drawn from the model. `stratified`: equal shares. `floor`: free, but at least "
-                          "`mode_floor` rollouts of each mode."},
-    )  # fmt: skip
+        metadata={
+            "help": "`free`: drawn from the model; `stratified`: equal shares; `floor`: free above `mode_floor`."
+        },
+    )
     mode_floor: int = field(default=1, metadata={"help": "Rollouts of each mode that `floor` forces in every group."})
     mode_floor_steps: int = field(
         default=0, metadata={"help": "Anneal the floor to 0 over this many steps; 0 keeps it. Policy gradient only."}
@@ -111,9 +112,13 @@ def check_method(config: DeGRPOConfig, num_modes: int) -> None:
     group = config.num_generations
     target = config.mode_objective == "target"
     if group < num_modes:
-        raise RecipeError(f"rl.num_generations: {group} rollouts cannot hold {num_modes} modes; use at least {num_modes}")
+        raise RecipeError(
+            f"rl.num_generations: {group} rollouts cannot hold {num_modes} modes; use at least {num_modes}"
+        )
     if config.mode_sampling == "floor" and not 1 <= config.mode_floor * num_modes <= group:
-        raise RecipeError(f"rl.mode_floor: {config.mode_floor} of each of {num_modes} modes does not fit {group} rollouts")
+        raise RecipeError(
+            f"rl.mode_floor: {config.mode_floor} of each of {num_modes} modes does not fit {group} rollouts"
+        )
     if target and config.mode_sampling == "free":
         raise RecipeError("rl.mode_sampling: mode targets need every mode in every group; use stratified or floor")
     if target and config.mode_sampling == "floor" and config.mode_floor_steps:
@@ -121,7 +126,9 @@ def check_method(config: DeGRPOConfig, num_modes: int) -> None:
     if target and not config.decoupled:
         raise RecipeError("rl.decoupled: plain GRPO has no mode target; set mode_objective: policy_gradient")
     if config.scale_rewards == "group" and config.advantage == "per_mode":
-        raise RecipeError("rl.scale_rewards: per_mode advantages are not scaled; use advantage: group or scale_rewards: none")
+        raise RecipeError(
+            "rl.scale_rewards: per_mode advantages are not scaled; use advantage: group or scale_rewards: none"
+        )
     for name in ("tau", "tau_start", "alpha", "verifier_timeout"):
         value = getattr(config, name)
         if value is not None and value <= 0:

@@ -46,9 +46,7 @@ def token_ratio(
     return log_ratio.exp()
 
 
-def kl_loss(
-    per_token_logps: torch.Tensor, ref_per_token_logps: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
+def kl_loss(per_token_logps: torch.Tensor, ref_per_token_logps: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Weighted sum of the k3 estimator of KL(pi_theta, pi_ref) per token: exp(d) - d - 1 with d = log ref - log pi.
 
     Args:

@@ -97,8 +97,8 @@ def add_control_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]
             added.append(token)
         elif known in tokenizer.all_special_ids:
             raise ModelError(
-                f"modes: {token!r} is a special token of this tokenizer and would vanish when completions are decoded; "
-                "choose another control token"
+                f"modes: {token!r} is a special token of this tokenizer and would vanish when completions are "
+                "decoded; choose another control token"
             )
     return added
 

@@ -94,7 +94,7 @@ class DataSection(Section):
 
 
 class TrainerSection(BaseModel):
-    """A section that also takes every field of a TRL config. The own fields are declared, the rest is checked by name."""
+    """A section that also takes every field of a TRL config: its own fields are declared, the rest checked by name."""
 
     model_config = ConfigDict(extra="allow", validate_default=True)
 

@@ -1,0 +1,129 @@
+"""What watches a training: screen line, metrics.jsonl, samples.jsonl, validation of the policies, collapse guard."""
+
+import json
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers import TrainerCallback
+
+from siesta.rl.recipe import GuardSection
+from siesta.rl.trainer import DeGRPOTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def jsonable(value: object) -> object:
+    """JSON has no NaN; it is written as text so that it shows and every reader can parse the line."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log to metrics.jsonl, whatever tracker is used beside it."""
+
+    def __init__(self, file: Path, stage: str):
+        self.file, self.stage = file, stage
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero:
+            row = {"stage": self.stage, "step": state.global_step, "time": round(time.time(), 3)}
+            row |= {name: jsonable(value) for name, value in (logs or {}).items()}
+            with self.file.open("a", encoding="utf-8") as out:
+                out.write(json.dumps(row) + "\n")
+
+
+class ScreenLine(TrainerCallback):
+    """One plain line per log, readable in a terminal and in a file."""
+
+    def __init__(self, stage: str, columns: dict[str, str], say: Callable[[str], None]):
+        self.stage, self.columns, self.say = stage, columns, say
+        self.started = time.monotonic()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        values = [f"{label} {logs[key]:.4g}" for key, label in self.columns.items() if logs and key in logs]
+        if state.is_world_process_zero and values:
+            seconds = time.monotonic() - self.started
+            self.say(f"{self.stage} {state.global_step}/{state.max_steps} ({seconds:.0f} s): " + ", ".join(values))
+
+
+class SampleFile(TrainerCallback):
+    """A few rollouts with their rewards at every log, in samples.jsonl and as a wandb table."""
+
+    def __init__(self, file: Path, take: Callable[[], list[dict]], to_wandb: bool):
+        self.file, self.take, self.to_wandb = file, take, to_wandb
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        rows = self.take()
+        if not state.is_world_process_zero or not rows:
+            return
+        with self.file.open("a", encoding="utf-8") as out:
+            for row in rows:
+                out.write(json.dumps({"step": state.global_step, **row}, ensure_ascii=False) + "\n")
+        if self.to_wandb:
+            import wandb
+
+            table = wandb.Table(columns=list(rows[0]), data=[[str(v) for v in row.values()] for row in rows])
+            wandb.log({"samples": table}, commit=False)
+
+
+class Validation(TrainerCallback):
+    """Prices the policies on validation items every so many steps; the numbers join the trainer's next log."""
+
+    def __init__(self, trainer: DeGRPOTrainer, every: int, measure_now: Callable[[], dict[str, float]]):
+        self.trainer, self.every, self.measure_now = trainer, every, measure_now
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            self.trainer.log(self.measure_now())
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.every == 0:
+            for name, value in self.measure_now().items():
+                self.trainer._metrics["train"][name].append(value)
+            control.should_log = True
+
+
+class CollapseGuard(TrainerCallback):
+    """Warns, saves and, if the recipe says so, stops when the mode policy has collapsed for a whole window of logs.
+
+    Collapsed means: the mean probability of a mode lies outside [min_share, max_share], or the entropy of the mean
+    mode policy lies under min_entropy. The entropy of single prompts is not judged: a policy that is sure on every prompt,
+    of one mode here and of another there, is what training is for. Rollout shares are not judged either: a plan that
+    forces modes keeps them level whatever the policy does.
+    """
+
+    def __init__(self, section: GuardSection, modes: list[str]):
+        self.section, self.modes = section, modes
+        self.faults: deque[str | None] = deque(maxlen=section.window)
+        self.fired_at: int | None = None
+        self.reason = ""
+
+    def fault(self, logs: dict[str, float]) -> str | None:
+        """What is wrong with one log, or None."""
+        for mode in self.modes:
+            share = logs[f"mode/{mode}/prob"]
+            if not self.section.min_share <= share <= self.section.max_share:
+                return f"P({mode}) = {share:.4f} is outside [{self.section.min_share}, {self.section.max_share}]"
+        entropy = logs["mode/entropy_mean_policy"]
+        if not entropy >= self.section.min_entropy:
+            return f"mode entropy {entropy:.4f} is under {self.section.min_entropy}"
+        return None
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not logs or "mode/entropy_mean_policy" not in logs:
+            return
+        self.faults.append(self.fault(logs))
+        if self.fired_at is None and len(self.faults) == self.section.window and all(self.faults):
+            self.fired_at, self.reason = state.global_step, self.faults[-1] or ""
+            logger.warning(
+                "collapse guard, step %d, %d logs in a row: %s", state.global_step, self.section.window, self.reason
+            )
+            if self.section.action in ("save", "stop"):
+                control.should_save = True
+            if self.section.action == "stop":
+                control.should_training_stop = True

@@ -1,0 +1,124 @@
+"""What the stages of a run share: recipe, data, tokenizer, modes, judge, and the way they are measured."""
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from siesta.data.errors import DataError
+from siesta.data.loading import load_examples
+from siesta.data.prompts import messages, prompt_ids
+from siesta.data.schema import Example
+from siesta.data.sources import Split
+from siesta.rl.evaluate import measure
+from siesta.rl.judge import Judge, build_judge
+from siesta.rl.models import build_modes, load_tokenizer
+from siesta.rl.modes import Modes
+from siesta.rl.policies import Measurement
+from siesta.rl.recipe import Recipe
+from siesta.rl.run import Run
+
+
+@dataclass
+class Context:
+    """One run in progress. `say` prints a line on the main process."""
+
+    run: Run
+    say: Callable[[str], None]
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.run.recipe
+
+    @property
+    def path(self) -> Path:
+        return self.run.path
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.path / "model")
+
+    @cached_property
+    def modes(self) -> Modes:
+        return build_modes(self.recipe.modes, self.tokenizer)
+
+    @cached_property
+    def train_examples(self) -> Sequence[Example]:
+        return self.examples("train", self.recipe.data.train_size)
+
+    @cached_property
+    def judge(self) -> Judge:
+        settings = self.recipe.rl.trainer_fields()
+        names = {example.verifier for example in self.examples("test", self.recipe.evaluate.items)}
+        names |= {example.verifier for example in self.examples("validation", self.recipe.warmup.check_items)}
+        names |= {example.verifier for example in self.train_examples}
+        return build_judge(
+            self.tokenizer,
+            self.modes,
+            names,
+            price_per_token=settings.get("price_per_token", 0.0),
+            verifier_timeout=settings.get("verifier_timeout", 10.0),
+        )
+
+    @property
+    def start(self) -> Path:
+        """The folder RL starts from."""
+        return self.path / ("warmup" if self.recipe.warmup.enabled else "model")
+
+    @property
+    def temperature(self) -> float:
+        """Of rollouts, and so of the policy that is measured."""
+        return self.recipe.rl.trainer_fields().get("temperature", 1.0)
+
+    def examples(self, split: Split, size: int) -> Sequence[Example]:
+        """At most `size` examples of a split."""
+        return load_examples(self.recipe.data, split, size)
+
+    def prompts(self, examples: Sequence[Example]) -> list[list[int]]:
+        """Prompt ids, none longer than the limit.
+
+        Raises:
+            DataError: Names the example whose prompt is too long.
+        """
+        limit = self.recipe.data.max_prompt_tokens
+        rows = []
+        for example in examples:
+            ids = prompt_ids(self.tokenizer, messages(example, self.recipe.data.instruction))
+            if len(ids) > limit:
+                raise DataError(
+                    f"{example.id}: the prompt has {len(ids)} tokens, more than data.max_prompt_tokens {limit}; "
+                    "raise the limit or remove the row"
+                )
+            rows.append(ids)
+        return rows
+
+    def measure(self, model: PreTrainedModel, examples: Sequence[Example], samples: int) -> Measurement:
+        """Forced rollouts of `model` on `examples`; the random state of the training around it is left as it was."""
+        with fixed_randomness(self.recipe.evaluate.seed):
+            return measure(
+                model,
+                self.judge,
+                examples,
+                instruction=self.recipe.data.instruction,
+                samples=samples,
+                temperature=self.temperature,
+                batch_size=self.recipe.evaluate.batch_size,
+            )
+
+
+@contextmanager
+def fixed_randomness(seed: int):
+    """torch's generators seeded inside, restored outside: measuring more often must not change the training."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def main_process() -> bool:
+    return PartialState().is_main_process

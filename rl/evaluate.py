@@ -1,0 +1,104 @@
+"""Evaluation: every item answered in every mode, greedily and sampled, and every policy priced on those answers.
+
+python -m siesta.rl.evaluate outputs/quickstart            # evaluates rl/final again with the run's recipe
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from siesta.data.prompts import messages, prompt_ids
+from siesta.data.schema import Example
+from siesta.rl.generation import complete, mode_policy
+from siesta.rl.judge import Judge
+from siesta.rl.modes import Mode
+from siesta.rl.policies import Measurement
+
+
+def measure(
+    model: PreTrainedModel,
+    judge: Judge,
+    examples: Sequence[Example],
+    *,
+    instruction: str,
+    samples: int,
+    temperature: float,
+    batch_size: int,
+) -> Measurement:
+    """Answer every example in every mode, once greedily and `samples` times at `temperature`.
+
+    A rollout whose verifier failed is left out of its item's mean; an item without any scorable rollout in a mode is
+    an error of the data, so its NaN is left to show.
+    """
+    tokenizer, modes = judge.tokenizer, judge.modes
+    prompts = [prompt_ids(tokenizer, messages(example, instruction)) for example in examples]
+    settings = {"batch_size": batch_size, "pad_id": tokenizer.pad_token_id}
+    log_policy, mass = mode_policy(model, prompts, modes, temperature=temperature, device=model.device, **settings)
+
+    def judged(mode: Mode, repeats: int, heat: float | None) -> dict[str, np.ndarray]:
+        rows = [prompt for prompt in prompts for _ in range(repeats)]
+        items = [example for example in examples for _ in range(repeats)]
+        responses = complete(model, rows, mode, temperature=heat, eos_id=tokenizer.eos_token_id, **settings)
+        scores = judge.score(mode, responses, [x.verifier for x in items], [x.answer for x in items])
+        tokens = [len(response) for response in responses]
+        rewards = [
+            np.nan if score is None else judge.reward(mode, score, n) for score, n in zip(scores, tokens, strict=True)
+        ]
+        cut = [response[-1] != tokenizer.eos_token_id for response in responses]
+        columns = {"scores": scores, "tokens": tokens, "rewards": rewards, "truncated": cut}
+        return {name: np.array(column, dtype=float).reshape(-1, repeats) for name, column in columns.items()}
+
+    greedy = [judged(mode, 1, None) for mode in modes]
+    sampled = [judged(mode, samples, temperature) for mode in modes]
+
+    def means(outcomes: list[dict[str, np.ndarray]], name: str) -> np.ndarray:
+        return np.stack([np.nanmean(outcome[name], axis=1) for outcome in outcomes], axis=1)  # (I, M)
+
+    return Measurement(
+        modes=modes.names,
+        levels=np.array([example.level for example in examples]),
+        mode_probs=log_policy.exp().double().numpy(),
+        mass=mass.double().numpy(),
+        greedy_scores=means(greedy, "scores"),
+        greedy_tokens=means(greedy, "tokens"),
+        sampled_scores=means(sampled, "scores"),
+        sampled_tokens=means(sampled, "tokens"),
+        sampled_rewards=means(sampled, "rewards"),
+        truncated=means(sampled, "truncated"),
+        unscorable=int(sum(np.isnan(outcome["scores"]).sum() for outcome in [*greedy, *sampled])),
+    )
+
+
+def print_table(
+    result: dict, title: str, *, decoding: str = "greedy", only: Sequence[str] = (), console: Console | None = None
+) -> None:
+    """One decoding of `policies.table` as a rich table: a row a policy (those in `only`), the last mode's share a level."""
+    rows = result[decoding]
+    last = list(rows["free"]["shares"])[-1]
+    levels = list(rows["free"]["levels"])
+    view = Table(
+        title=title, caption=f"{result['items']} items, {decoding}; brackets: 95 % bootstrap interval over items"
+    )
+    view.add_column("policy")
+    for name in ("accuracy %", "tokens", f"{last} %", "regret"):
+        view.add_column(name, justify="right")
+    for level in levels if len(levels) > 1 else []:
+        view.add_column(f"{last} % L{level}", justify="right")
+    for name, row in rows.items():
+        if only and name not in only:
+            continue
+        low, high = row["interval"]["accuracy"]
+        shares = [f"{100 * row['levels'][level]['shares'][last]:.0f}" for level in levels if len(levels) > 1]
+        view.add_row(
+            name,
+            f"{100 * row['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]",
+            f"{row['tokens']:.1f}",
+            f"{100 * row['shares'][last]:.0f}",
+            f"{row['regret']:.3f}",
+            *shares,
+            style="bold" if name == "free" else "",
+        )
+    (console or Console()).print(view)

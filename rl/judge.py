@@ -1,0 +1,139 @@
+"""From completion ids to scores and rewards: the one place where a response is decoded, cut, verified and priced.
+
+`Judge` does it for one mode at a time; `RewardFunction` is the form in which TRL calls it during training.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from siesta.data.errors import DataError
+from siesta.rewards.reward import RewardTable, mode_reward, score_solutions
+from siesta.rewards.score import Verifier
+from siesta.rewards.verifiers import build_verifier, solution_part
+from siesta.rl.modes import Mode, Modes
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Scores and prices responses; `reasons` counts why verifiers failed."""
+
+    tokenizer: PreTrainedTokenizerBase
+    modes: Modes
+    verifiers: dict[str, Verifier]
+    price_per_token: float
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    def score(
+        self, mode: Mode, responses: Sequence[list[int]], names: Sequence[str], answers: Sequence[str]
+    ) -> list[float | None]:
+        """Score in [0, 1] of each response; None where the verifier failed.
+
+        Args:
+            mode: The mode all responses were written in.
+            responses: Ids after the control token.
+            names, answers: Verifier and reference of each response.
+        """
+        texts = self.tokenizer.batch_decode(list(responses), skip_special_tokens=True)
+        solutions = [solution_part(text, mode.answer_after) for text in texts]
+        scores = score_solutions(self.verifiers, names, solutions, answers)
+        self.reasons.update(scores.reasons)
+        return scores.values
+
+    def reward(self, mode: Mode, score: float, tokens: int) -> float:
+        """The mode's table less the price of `tokens` response tokens."""
+        table = RewardTable(correct=mode.correct, wrong=mode.wrong)
+        return mode_reward(score, table, tokens=tokens, price_per_token=self.price_per_token)
+
+
+def build_judge(
+    tokenizer: PreTrainedTokenizerBase,
+    modes: Modes,
+    verifier_names: Iterable[str],
+    *,
+    price_per_token: float,
+    verifier_timeout: float,
+) -> Judge:
+    """A judge with every verifier that the examples name, each built (and so checked) now.
+
+    Raises:
+        DataError: A verifier is unknown or cannot be imported.
+    """
+    try:
+        verifiers = {name: build_verifier(name, timeout=verifier_timeout) for name in sorted(set(verifier_names))}
+    except ValueError as error:
+        raise DataError(f"data.verifier: {error}") from error
+    return Judge(tokenizer, modes, verifiers, price_per_token)
+
+
+class RewardFunction:
+    """The judge as a TRL reward function. `outcomes` keeps what TRL would drop about the batch in hand.
+
+    `outcomes` has shape (B, 4): reward, score (both NaN where the verifier failed), response tokens, and 1 where the
+    mode's cap cut the response.
+    """
+
+    __name__ = "reward"
+
+    def __init__(self, judge: Judge):
+        self.judge = judge
+        self.outcomes = torch.empty(0, 4)
+        self._batch: list[tuple[object, Mode, list[int]]] = []
+
+    def __call__(
+        self,
+        prompts: list,
+        completion_ids: list[list[int]],
+        answer: list[str],
+        verifier: list[str],
+        log_extra: Callable[[str, list], None] | None = None,
+        **columns: object,
+    ) -> list[float | None]:
+        """Reward of each rollout, None where the verifier failed; the mode is read from the first id."""
+        by_token = {mode.token_id: mode for mode in self.judge.modes}
+        modes = [by_token[ids[0]] for ids in completion_ids]
+        responses = [ids[1:] for ids in completion_ids]
+        scores: list[float | None] = [None] * len(modes)
+        for mode in self.judge.modes:
+            rows = [i for i, own in enumerate(modes) if own is mode]
+            judged = self.judge.score(
+                mode, [responses[i] for i in rows], [verifier[i] for i in rows], [answer[i] for i in rows]
+            )
+            for i, score in zip(rows, judged, strict=True):
+                scores[i] = score
+        rewards = [
+            None if score is None else self.judge.reward(mode, score, len(response))
+            for mode, score, response in zip(modes, scores, responses, strict=True)
+        ]
+        end = self.judge.tokenizer.eos_token_id
+        self.outcomes = torch.tensor(
+            [
+                [_or_nan(reward), _or_nan(score), len(response), float(not response or response[-1] != end)]
+                for reward, score, response in zip(rewards, scores, responses, strict=True)
+            ]
+        )
+        self._batch = list(zip(prompts, modes, responses, strict=True))
+        if log_extra is not None:
+            log_extra("mode", [mode.name for mode in modes])
+            log_extra("score", scores)
+        return rewards
+
+    def samples(self, count: int) -> list[dict]:
+        """Rollouts of the last batch to look at, spread evenly over it: prompt, mode, response, score, reward."""
+        rows = []
+        for i in range(0, len(self._batch), max(1, len(self._batch) // count)) if count else []:
+            prompt, mode, response = self._batch[i]
+            reward, score, tokens, _ = self.outcomes[i].tolist()
+            text = self.judge.tokenizer.decode(response)
+            # None, not NaN: the row goes to JSON as it is.
+            judged = {"score": None, "reward": None} if math.isnan(reward) else {"score": score, "reward": reward}
+            rows.append({"prompt": prompt, "mode": mode.name, "response": text, "tokens": int(tokens), **judged})
+        return rows[:count]
+
+
+def _or_nan(value: float | None) -> float:
+    return float("nan") if value is None else value

@@ -1,0 +1,48 @@
+"""What a training step is told by: numbers per mode, named `group/name`. Every name is made here.
+
+A mode without a rollout has no accuracy or length in that step, so the key is absent; a NaN in the log always means
+that something was computed and is not a number.
+"""
+
+import torch
+
+from siesta.rl.advantages import Credit, Rollouts
+
+
+def rollout_metrics(names: list[str], rollouts: Rollouts, credit: Credit) -> dict[str, float]:
+    """Numbers of one generation batch over all ranks; `names` are the modes in column order."""
+    rewards, scores, modes, lengths = rollouts.rewards, rollouts.scores, rollouts.modes, rollouts.lengths
+    scorable, truncated = rollouts.scorable, rollouts.truncated
+    grouped = rewards.view(-1, rollouts.group)
+    spread = grouped.nan_to_num(-torch.inf).amax(1) - grouped.nan_to_num(torch.inf).amin(1)
+    mean_policy = rollouts.mode_probs.mean(0)
+    result = {
+        "mode/mass": rollouts.mass.mean().item(),
+        "mode/entropy": entropy(rollouts.mode_probs).mean().item(),
+        "mode/entropy_mean_policy": entropy(mean_policy).item(),
+        "rollout/reward": rewards[scorable].mean().item(),
+        "rollout/accuracy": scores[scorable].mean().item(),
+        "rollout/tokens": lengths.mean().item(),
+        "rollout/truncated": truncated.mean().item(),
+        "rollout/unscorable": (~scorable).sum().item(),
+        "rollout/groups_without_signal": (spread <= 0).float().mean().item(),
+    }
+    for column, name in enumerate(names):
+        members = modes == column
+        result[f"mode/{name}/share"] = members.float().mean().item()
+        result[f"mode/{name}/prob"] = mean_policy[column].item()
+        if (members & scorable).any():
+            judged = members & scorable
+            result[f"mode/{name}/accuracy"] = scores[judged].mean().item()
+            result[f"mode/{name}/reward"] = rewards[judged].mean().item()
+            result[f"mode/{name}/advantage"] = credit.mode_advantages[judged].mean().item()
+            result[f"mode/{name}/response_advantage_abs"] = credit.response_advantages[judged].abs().mean().item()
+        if members.any():
+            result[f"mode/{name}/tokens"] = lengths[members].mean().item()
+            result[f"mode/{name}/truncated"] = truncated[members].mean().item()
+    return result
+
+
+def entropy(probs: torch.Tensor) -> torch.Tensor:
+    """Entropy in nats along the last axis."""
+    return -torch.xlogy(probs, probs).sum(-1)

@@ -1,0 +1,104 @@
+"""Loading and saving models and tokenizers, whatever they come from: embedded, a folder, a hub, a LoRA adapter."""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from siesta.data.errors import ModelError
+from siesta.rl import embedded
+from siesta.rl.modes import Mode, Modes, grow_embeddings, prepare_tokenizer
+from siesta.rl.recipe import ModelSection, ModeSection, Recipe
+
+
+def build_modes(sections: dict[str, ModeSection], tokenizer: PreTrainedTokenizerBase) -> Modes:
+    """The recipe's modes with the ids that this tokenizer gives their control tokens."""
+    vocabulary = tokenizer.get_vocab()
+    return Modes(
+        [
+            Mode(name=name, token_id=vocabulary[section.token], **section.model_dump())
+            for name, section in sections.items()
+        ]
+    )
+
+
+def make_model(recipe: Recipe, folder: Path) -> None:
+    """Build or fetch the model, give it the control tokens, and save it to `folder`."""
+    section = recipe.model
+    tokenizer = embedded.build_tokenizer() if section.path is None else _load(AutoTokenizer, section)
+    if section.chat_template is not None:
+        if not section.chat_template.is_file():
+            raise ModelError(f"model.chat_template: {section.chat_template}: no such file")
+        tokenizer.chat_template = section.chat_template.read_text(encoding="utf-8")
+    added = prepare_tokenizer(tokenizer, [mode.token for mode in recipe.modes.values()])
+    if section.path is None:
+        model = embedded.build_model(tokenizer, seed=recipe.seed, **section.embedded.model_dump())
+    else:
+        model = _load(AutoModelForCausalLM, section, dtype=getattr(torch, section.dtype))
+    grow_embeddings(model, tokenizer, added)
+    save_model(model, tokenizer, folder)
+
+
+def _load(auto: type, section: ModelSection, **kwargs):
+    try:
+        return auto.from_pretrained(
+            section.path, revision=section.revision, trust_remote_code=section.trust_remote_code, **kwargs
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.path: {section.path}: {' '.join(str(error).split())[:300]}") from error
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Weights as safetensors, tokenizer with its chat template."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def load_model(folder: Path, *, device: str | torch.device = "cpu", dtype: str = "float32") -> PreTrainedModel:
+    """A saved model on `device`, a LoRA adapter merged into its base.
+
+    Raises:
+        ModelError: The folder holds no model.
+    """
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: no such checkpoint folder")
+    if (folder / "adapter_config.json").exists():
+        return merge_adapter(folder, dtype=dtype).to(device)  # pyright: ignore[reportArgumentType]
+    if not (folder / "config.json").exists():
+        raise ModelError(f"{folder}: no model in this folder (config.json is missing)")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
+
+
+def merge_adapter(folder: Path, *, dtype: str) -> PreTrainedModel:
+    """A LoRA adapter merged into the base model that its configuration names."""
+    from peft import PeftModel
+
+    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
+    return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer saved beside a model."""
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def lora_config(settings: dict | None, tokenizer: PreTrainedTokenizerBase, modes: Modes):
+    """peft's LoraConfig from the recipe, or None.
+
+    The rows of the control tokens train along: an adapter cannot teach a token whose embedding stays at the mean.
+    """
+    if settings is None:
+        return None
+    from peft import LoraConfig
+
+    try:
+        return LoraConfig(task_type="CAUSAL_LM", trainable_token_indices=modes.token_ids, **settings)
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"model.lora: {error}") from error
+
+
+def default_device() -> str:
+    """Where evaluation and export run."""
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,88 @@
+"""A run directory: where stages leave their results, and which of them are finished.
+
+    outputs/<run>/recipe.yaml  model/  warmup/  rl/  evaluation.json  export/  report.md  metrics.jsonl  stages.json
+
+A stage that finished is skipped when the same recipe runs again. If the settings it depends on have changed since, the
+run stops and says so: silently keeping the old result, or throwing it away, would both be a surprise.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from accelerate import PartialState
+
+from siesta.data.errors import RecipeError
+from siesta.rl.recipe import Recipe, dump_recipe
+
+# The sections each stage depends on, itself and by way of the stages before it.
+DEPENDS = {
+    "model": ("seed", "model", "modes"),
+    "warmup": ("data", "warmup"),
+    "rl": ("rl",),
+    "evaluate": ("evaluate",),
+    "export": ("export",),
+    "report": (),
+}
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write a file so that it is either the old one or the whole new one."""
+    part = file.with_name(file.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(file)
+
+
+class Run:
+    """The directory of a run and the record of its finished stages."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.path = recipe.run_dir
+        self.record = self.path / "stages.json"
+
+    def prepare(self) -> None:
+        """Make the directory and write the resolved recipe into it."""
+        if PartialState().is_main_process:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path / "recipe.yaml", dump_recipe(self.recipe))
+        PartialState().wait_for_everyone()
+
+    def finished(self) -> dict[str, dict[str, str]]:
+        """Finished stages with the fingerprints of the sections they were made from."""
+        return json.loads(self.record.read_text()) if self.record.exists() else {}
+
+    def prints(self, stage: str) -> dict[str, str]:
+        """Fingerprint of every section that `stage` depends on."""
+        content = self.recipe.model_dump(mode="json")
+        names = list(DEPENDS)
+        sections = [section for name in names[: names.index(stage) + 1] for section in DEPENDS[name]]
+        return {
+            name: hashlib.sha256(json.dumps(content[name], sort_keys=True).encode()).hexdigest() for name in sections
+        }
+
+    def check(self) -> None:
+        """Refuse to continue a run whose finished stages were made with other settings.
+
+        Raises:
+            RecipeError: Names the stage and the section that changed.
+        """
+        for stage, made_from in self.finished().items():
+            changed = [name for name, value in self.prints(stage).items() if made_from.get(name) != value]
+            if changed:
+                raise RecipeError(
+                    f"{self.path}: stage {stage!r} was made with another {' and '.join(changed)!s}; give this run a "
+                    f"name of its own (tracking.run=...) or delete {self.path} to make it again"
+                )
+
+    def stage(self, name: str, work: Callable[[], None]) -> bool:
+        """Do `work` unless the stage is finished; record it. True if it was done now."""
+        if name in self.finished():
+            return False
+        work()
+        PartialState().wait_for_everyone()
+        if PartialState().is_main_process:
+            write_atomically(self.record, json.dumps(self.finished() | {name: self.prints(name)}, indent=1) + "\n")
+        PartialState().wait_for_everyone()
+        return True

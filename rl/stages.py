@@ -1,0 +1,280 @@
+"""The stages of a run, in order: model, warm-up, RL, evaluation, export, report. Each reads what others left."""
+
+import json
+from functools import partial
+
+from datasets import Dataset
+from transformers import PrinterCallback, Trainer
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig, SFTTrainer
+from trl.models.utils import unwrap_model_for_generation
+
+from siesta.data.errors import RecipeError
+from siesta.data.prompts import messages
+from siesta.rl import policies
+from siesta.rl.callbacks import CollapseGuard, MetricsFile, SampleFile, ScreenLine, Validation
+from siesta.rl.config import DeGRPOConfig
+from siesta.rl.context import Context, main_process
+from siesta.rl.evaluate import print_table
+from siesta.rl.export import export_checkpoint
+from siesta.rl.models import default_device, load_model, lora_config, make_model, save_model
+from siesta.rl.modes import check_prompts, check_stage_ids
+from siesta.rl.report import write_report
+from siesta.rl.run import write_atomically
+from siesta.rl.tracking import start_trackers
+from siesta.rl.trainer import DeGRPOTrainer
+from siesta.rl.warmup import IGNORED, StopOnAccuracy, accuracy_by_level, check_gate, warmup_rows
+
+CHECKED_PROMPTS = 64
+
+
+class GuardStop(Exception):
+    """The collapse guard ended the run."""
+
+
+def trainer_settings(context: Context, stage: str, fields: dict) -> dict:
+    """Settings that both trainers get, unless the recipe says otherwise."""
+    settings = {
+        "output_dir": str(context.path / stage),
+        "run_name": f"{context.recipe.tracking.run}-{stage}",
+        "seed": context.recipe.seed,
+        "report_to": start_trackers(context.recipe.tracking, context.path),
+        "disable_tqdm": True,
+        "bf16": default_device() == "cuda",
+        "logging_nan_inf_filter": False,
+    }
+    return settings | fields
+
+
+def rl_config(context: Context) -> DeGRPOConfig:
+    """The recipe's `rl:` section as a config.
+
+    Raises:
+        RecipeError: TRL refuses a value or a combination.
+    """
+    fields = trainer_settings(context, "rl", context.recipe.rl.trainer_fields())
+    try:
+        config = DeGRPOConfig(**fields)
+    except ValueError as error:
+        raise RecipeError(f"rl: {error}") from error
+    config.model_init_kwargs = {"dtype": context.recipe.model.dtype}
+    return config
+
+
+def model_stage(context: Context) -> None:
+    """Build or fetch the model and give it the control tokens."""
+    if main_process():
+        make_model(context.recipe, context.path / "model")
+
+
+def warmup_stage(context: Context) -> None:
+    """Teach every mode, then check that RL can start."""
+    section = context.recipe.warmup
+    prompts = [
+        messages(example, context.recipe.data.instruction) for example in context.train_examples[:CHECKED_PROMPTS]
+    ]
+    check_prompts(context.tokenizer, context.modes, prompts)
+    validation = context.examples("validation", section.check_items)
+    if section.enabled:
+        trainer = warmup_trainer(context, validation)
+        check_first_batch(context, trainer)
+        trainer.train()
+        save_trained(context, trainer, "warmup")
+    if main_process():
+        model = load_model(context.start, device=default_device())
+        measured = context.measure(model, validation, samples=1)
+        shares = ", ".join(
+            f"P({name}) {share:.2f}" for name, share in zip(measured.modes, measured.mode_probs.mean(0), strict=True)
+        )
+        context.say(f"warm-up gate: mass {measured.mass.mean():.3f}, {shares}")
+        context.say(f"warm-up gate: accuracy % by level: {accuracy_by_level(measured)}")
+        check_gate(measured, section, context.modes)
+
+
+def warmup_trainer(context: Context, validation) -> SFTTrainer:
+    """SFTTrainer on two-mode rows."""
+    recipe, section = context.recipe, context.recipe.warmup
+    rows = warmup_rows(
+        context.train_examples,
+        context.judge,
+        pairing=section.pairing,
+        shares=section.shares,
+        instruction=recipe.data.instruction,
+        seed=recipe.seed,
+    )
+    config = SFTConfig(**trainer_settings(context, "warmup", {"save_strategy": "no"} | section.trainer_fields()))
+    config.model_init_kwargs = {"dtype": recipe.model.dtype}
+    trainer = SFTTrainer(
+        model=str(context.path / "model"),
+        args=config,
+        train_dataset=rows,
+        processing_class=context.tokenizer,
+        peft_config=lora_config(recipe.model.lora, context.tokenizer, context.modes),
+    )
+    trainer.add_callback(
+        StopOnAccuracy(lambda model: context.measure(model, validation, samples=1), section, context.say)
+    )
+    watch(context, trainer, "warmup", {"loss": "loss", "mean_token_accuracy": "token accuracy"})
+    return trainer
+
+
+def check_first_batch(context: Context, trainer: SFTTrainer) -> None:
+    """Prove on a real batch of the warm-up that the ids before the loss are those of data/prompts.py."""
+    count = min(CHECKED_PROMPTS, len(context.train_examples))
+    rows = [trainer.train_dataset[i] for i in range(count)]
+    batch = trainer.data_collator(rows)
+    found = []
+    for ids, labels, row in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), rows, strict=True):
+        start = next(i for i, label in enumerate(labels) if label != IGNORED)
+        assert ids[start] in context.modes.token_ids, row
+        found.append(ids[:start])
+    shown = len(context.modes) if context.recipe.warmup.pairing == "paired" else 1
+    expected = [ids for ids in context.prompts(context.train_examples[:count]) for _ in range(shown)][:count]
+    check_stage_ids("warm-up", expected, found)
+
+
+def save_trained(context: Context, trainer: Trainer, stage: str) -> None:
+    """Leave a whole model in the stage's folder; a LoRA adapter is kept beside it and merged."""
+    folder = context.path / stage
+    if context.recipe.model.lora is None:
+        trainer.save_model(str(folder))
+        return
+    trainer.save_model(str(folder / "adapter"))
+    if main_process():
+        save_model(load_model(folder / "adapter", dtype=context.recipe.model.dtype), context.tokenizer, folder)
+
+
+def watch(context: Context, trainer: Trainer, stage: str, columns: dict[str, str]) -> None:
+    """Screen line and metrics.jsonl for a trainer."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(MetricsFile(context.path / "metrics.jsonl", stage))
+    trainer.add_callback(ScreenLine(stage, columns, context.say))
+
+
+def rl_dataset(context: Context) -> Dataset:
+    """Rows of `prompt`, `answer` and `verifier`."""
+    context.prompts(context.train_examples)  # no prompt is over the limit
+    return Dataset.from_list(
+        [
+            {
+                "prompt": messages(example, context.recipe.data.instruction),
+                "answer": example.answer,
+                "verifier": example.verifier,
+            }
+            for example in context.train_examples
+        ]
+    )
+
+
+def rl_stage(context: Context) -> None:
+    """DeGRPO from the warmed-up model; goes on from the last checkpoint if there is one."""
+    recipe = context.recipe
+    if not recipe.rl.enabled:
+        return
+    guard = CollapseGuard(recipe.rl.guard, context.modes.names)
+    trainer = DeGRPOTrainer(
+        model=str(context.start),
+        judge=context.judge,
+        args=rl_config(context),
+        train_dataset=rl_dataset(context),
+        peft_config=lora_config(recipe.model.lora, context.tokenizer, context.modes),
+        callbacks=[guard],
+    )
+    sample = context.train_examples[:CHECKED_PROMPTS]
+    found, _, _ = trainer._tokenize_prompts([messages(example, recipe.data.instruction) for example in sample])
+    check_stage_ids("rollout", context.prompts(sample), found)
+    if recipe.evaluate.every:
+        validation = context.examples("validation", recipe.evaluate.every_items)
+        trainer.add_callback(
+            Validation(trainer, recipe.evaluate.every, lambda: validate(context, trainer, validation))
+        )
+    shares = {f"mode/{name}/prob": f"P({name})" for name in context.modes.names}
+    columns = {"rollout/reward": "reward", "rollout/accuracy": "accuracy", "rollout/tokens": "tokens", **shares}
+    watch(context, trainer, "rl", columns | {"mode/mass": "mass", "validation/regret": "validation regret"})
+    take = partial(trainer.reward_function.samples, recipe.tracking.samples)
+    trainer.add_callback(SampleFile(context.path / "samples.jsonl", take, "wandb" in recipe.tracking.report_to))
+    folder = context.path / "rl"
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
+    save_trained(context, trainer, "rl")
+    if guard.fired_at is not None and recipe.rl.guard.action == "stop":
+        raise GuardStop(f"collapse guard stopped the run at step {guard.fired_at}: {guard.reason}")
+
+
+def validate(context: Context, trainer: DeGRPOTrainer, examples) -> dict[str, float]:
+    """Numbers of the free policy on validation items; sharded weights are gathered on every rank first."""
+    with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
+        values = {}
+        if main_process():
+            measured = context.measure(model, examples, samples=context.recipe.evaluate.every_samples)
+            values = validation_numbers(policies.table(measured, resamples=1, seed=0))
+    trainer.accelerator.wait_for_everyone()
+    return values
+
+
+def validation_numbers(result: dict) -> dict[str, float]:
+    """The free policy's row as flat metrics: sampled shares P(m), greedy accuracy, regret of both."""
+    greedy, sampled = result["greedy"]["free"], result["sampled"]["free"]
+    values = {
+        "validation/accuracy": greedy["accuracy"],
+        "validation/tokens": greedy["tokens"],
+        "validation/regret": greedy["regret"],
+        "validation/regret_sampled": sampled["regret"],
+    }
+    for mode in sampled["shares"]:
+        values[f"validation/prob/{mode}"] = sampled["shares"][mode]
+        values[f"validation/accuracy_always/{mode}"] = result["greedy"][f"always-{mode}"]["accuracy"]
+        for level, row in sampled["levels"].items():
+            values[f"validation/prob/{mode}/level_{level}"] = row["shares"][mode]
+            values[f"validation/choice/{mode}/level_{level}"] = greedy["levels"][level]["shares"][mode]
+    return values
+
+
+def evaluate_stage(context: Context) -> None:
+    """Price every policy on the test items, before and after RL, and print the table."""
+    if not main_process():
+        return
+    section = context.recipe.evaluate
+    examples = context.examples("test", section.items)
+    context.prompts(examples)
+    results = {}
+    for name, folder in {"before": context.start, "after": context.path / "rl"}.items():
+        if name == "after" and not context.recipe.rl.enabled:
+            continue
+        measured = context.measure(load_model(folder, device=default_device()), examples, samples=section.samples)
+        results[name] = policies.table(measured, resamples=section.resamples, seed=section.seed)
+    write_atomically(context.path / "evaluation.json", json.dumps(results, indent=1) + "\n")
+    show_evaluation(context)
+
+
+def show_evaluation(context: Context) -> None:
+    """Print the tables of evaluation.json."""
+    if main_process():
+        results = json.loads((context.path / "evaluation.json").read_text())
+        last = list(results)[-1]
+        if last == "after":
+            print_table(results["before"], f"{context.recipe.tracking.run}: before RL", only=["free"])
+        print_table(results[last], f"{context.recipe.tracking.run}: {last} RL")
+
+
+def export_stage(context: Context) -> None:
+    """The folder that is served."""
+    section = context.recipe.export
+    if main_process() and section.enabled:
+        trained = context.path / "rl" if context.recipe.rl.enabled else context.start
+        export_checkpoint(trained, context.path / "export", run=context.path, dtype=section.dtype)
+
+
+def report_stage(context: Context) -> None:
+    """report.md with the curves and the table."""
+    if main_process():
+        write_report(context.path)
+
+
+STAGES = {
+    "model": model_stage,
+    "warmup": warmup_stage,
+    "rl": rl_stage,
+    "evaluate": evaluate_stage,
+    "export": export_stage,
+    "report": report_stage,
+}

@@ -1,0 +1,90 @@
+"""Run a recipe: model, warm-up, RL, evaluation, export, report.
+
+    accelerate launch --config_file recipes/accelerate/cpu.yaml -m siesta.rl.train recipes/quickstart.yaml
+    python -m siesta.rl.train quickstart rl.tau=0.3 tracking.run=warmer --dry-run
+
+Exit code 2: the input cannot be used, one line says why. 3: the collapse guard ended the run.
+"""
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+
+from accelerate import PartialState
+from rich.console import Console
+from transformers.utils import logging as transformers_logging
+
+from siesta.data.errors import UserError
+from siesta.data.loading import check_splits, load_examples
+from siesta.rl.config import check_method
+from siesta.rl.context import Context
+from siesta.rl.recipe import Recipe, dump_recipe, load_recipe
+from siesta.rl.run import Run
+from siesta.rl.stages import STAGES, GuardStop, rl_config, show_evaluation
+
+
+def preflight(recipe: Recipe, context: Context) -> None:
+    """Find everything that can be known to be wrong before any work is done.
+
+    Raises:
+        UserError: One line.
+    """
+    check_method(rl_config(context), len(recipe.modes))
+    check_splits(recipe.data)
+    for split, size in (("train", 1), ("validation", 1), ("test", 1)):
+        load_examples(recipe.data, split, size)
+
+
+def run_recipe(recipe: Recipe) -> None:
+    """Do every stage that is not finished."""
+    console = Console(soft_wrap=True, highlight=False)
+
+    def say(line: str) -> None:
+        if PartialState().is_main_process:
+            console.print(line, markup=False)
+
+    run = Run(recipe)
+    context = Context(run, say)
+    preflight(recipe, context)
+    run.check()
+    run.prepare()
+    say(f"run directory {run.path}, {PartialState().num_processes} process(es) on {PartialState().device}")
+    for name, stage in STAGES.items():
+        say(f"== {name}")
+        if not run.stage(name, lambda stage=stage: stage(context)):
+            say("finished before, skipped")
+            if name == "evaluate":
+                show_evaluation(context)
+    say(f"done: {run.path}/report.md, {run.path}/export")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="siesta.rl.train", description="Run a siesta recipe.")
+    parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
+    parser.add_argument("overrides", nargs="*", help="section.key=value")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
+    options = parser.parse_args(arguments)
+    # Version notes of the libraries below us would bury our own lines; errors still show.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        recipe = load_recipe(options.recipe, options.overrides)
+        if options.dry_run:
+            preflight(recipe, Context(Run(recipe), print))
+            print(dump_recipe(recipe), end="")
+        else:
+            run_recipe(recipe)
+    except UserError as error:
+        print(f"siesta: error: {error}", file=sys.stderr)
+        return 2
+    except GuardStop as stop:
+        print(f"siesta: stopped: {stop}", file=sys.stderr)
+        return 3
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

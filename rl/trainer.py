@@ -1,0 +1,229 @@
+"""DeGRPOTrainer: TRL's GRPOTrainer with the mode plan in front of the rollouts and the weighted token sum as its loss.
+
+What is overridden, and why (tests/test_trl_contract.py holds TRL to it):
+
+- `_generate_single_turn`: a control token is put behind each prompt, each mode is generated under its own cap.
+- `_get_per_token_logps_and_entropies`: old and reference log-probabilities come from the same function as the loss.
+- `_generate_and_score_completions`: TRL's advantages are replaced by mode and response advantages, weights, targets.
+- `_compute_loss`: the sum of `rl/loss.py`.
+- `log`: means are taken without dropping NaN.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from trl import GRPOTrainer
+
+from siesta.rl.advantages import Credit, Rollouts, assign_credit, kl_weights, token_weights
+from siesta.rl.config import DeGRPOConfig, check_method
+from siesta.rl.generation import mode_policy
+from siesta.rl.judge import Judge, RewardFunction
+from siesta.rl.loss import kl_loss, mode_target_loss, policy_loss, token_ratio
+from siesta.rl.metrics import rollout_metrics
+from siesta.rl.modes import Modes
+from siesta.rl.rollout import ModePlan, annealed_floor, draw_modes
+from siesta.rl.scoring import score_completions
+
+
+class DeGRPOTrainer(GRPOTrainer):
+    """Decoupled GRPO with mode targets.
+
+    Args:
+        model: Path or model, as for GRPOTrainer.
+        judge: Scores and prices completions; knows the modes.
+        args: See `DeGRPOConfig`.
+        kwargs: Passed to GRPOTrainer. Rows of the data set have `prompt`, `answer` and `verifier`.
+    """
+
+    _tag_names = ["trl", "degrpo", "siesta"]  # noqa: RUF012
+
+    def __init__(self, model, judge: Judge, args: DeGRPOConfig, **kwargs):
+        self.modes: Modes = judge.modes
+        check_method(args, len(self.modes))
+        args.max_completion_length = 1 + max(mode.max_tokens for mode in self.modes)
+        self.reward_function = RewardFunction(judge)
+        super().__init__(
+            model=model, reward_funcs=[self.reward_function], args=args, processing_class=judge.tokenizer, **kwargs
+        )
+        self.method = args
+
+    # ---- rollouts ----------------------------------------------------------------------------------------------
+
+    def _plan_modes(self, prompt_ids: list[list[int]]) -> ModePlan:
+        """Exact pi_old of each unique prompt of this rank, in one forward pass, and a mode for each rollout."""
+        unique = [list(ids) for ids in dict.fromkeys(map(tuple, prompt_ids))]
+        log_policy, mass = mode_policy(
+            self.model_wrapped,
+            unique,
+            self.modes,
+            temperature=self.temperature,
+            batch_size=self.args.per_device_train_batch_size,
+            pad_id=self._tokenizer.pad_token_id,
+            device=self.accelerator.device,
+        )
+        row = {tuple(ids): i for i, ids in enumerate(unique)}
+        rows = [row[tuple(ids)] for ids in prompt_ids]
+        first = self.accelerator.process_index * len(prompt_ids)
+        modes, sampled = draw_modes(
+            log_policy[rows].exp(),
+            (torch.arange(len(prompt_ids)) + first) % self.num_generations,
+            group=self.num_generations,
+            sampling=self.method.mode_sampling,
+            floor=annealed_floor(self.method.mode_floor, self.state.global_step, self.method.mode_floor_steps),
+        )
+        return ModePlan(modes, log_policy[rows].exp(), sampled, mass[rows])
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        """Completions that open with the planned control token; one call of TRL's generator per mode."""
+        self._plan = self._plan_modes(prompt_ids)
+        completions: list[list[int]] = [[] for _ in prompt_ids]
+        logprobs: list[list | None] = [None for _ in prompt_ids]
+        for column, mode in enumerate(self.modes):
+            rows = (self._plan.modes == column).nonzero().flatten().tolist()
+            # Every rank makes the same calls (generation can be a collective): one without rows sends a throw-away.
+            asked = rows or ([0] if self.accelerator.num_processes > 1 else [])
+            if not asked:
+                continue
+            opened = [[*prompt_ids[i], mode.token_id] for i in asked]
+            with self._cap(mode.max_tokens):
+                # num_generations=1: with forced tokens the rows of a group differ, and vLLM must not fold them.
+                written, logps = super()._generate_single_turn(opened, images, multimodal_fields, 1, has_tool_images)
+            for place, i in enumerate(rows):
+                completions[i] = [mode.token_id, *written[place]]
+                # No log-probability for the forced token: TRL reads None as an importance ratio of 1.
+                logprobs[i] = None if logps is None else [None, *logps[place]]
+        return completions, (None if any(row is None for row in logprobs) else logprobs)
+
+    def _cap(self, max_tokens: int):
+        """Context in which generation stops after `max_tokens`."""
+        if self.use_vllm:
+            return replaced(self.vllm_generation, "max_completion_length", max_tokens)
+        return replaced(self.generation_config, "max_new_tokens", max_tokens)
+
+    # ---- log-probabilities -------------------------------------------------------------------------------------
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **unused
+    ):
+        """Log-probabilities of completions, control token over the control tokens alone, in chunks of `batch_size`."""
+        size = batch_size or len(input_ids)
+        scores = [
+            score_completions(model, ids, mask, logits_to_keep, self.modes, self.temperature)
+            for ids, mask in zip(input_ids.split(size), attention_mask.split(size), strict=True)
+        ]
+        logps = torch.cat([score.per_token_logps for score in scores])
+        return logps, torch.cat([score.entropies for score in scores]), None
+
+    # ---- credit ------------------------------------------------------------------------------------------------
+
+    def _generate_and_score_completions(self, inputs):
+        """TRL's rollout batch with our advantages and weights. Outcomes are gathered first: all counts are global."""
+        batch = super()._generate_and_score_completions(inputs)
+        plan = self._plan
+        importance = plan.mode_probs.gather(1, plan.modes[:, None]) / plan.sampled_probs[:, None]
+        local = [
+            self.reward_function.outcomes,
+            plan.modes[:, None].float(),
+            importance,
+            plan.mass[:, None],
+            plan.mode_probs,
+        ]
+        columns = self.accelerator.gather(torch.cat(local, dim=1).to(self.accelerator.device)).cpu()
+        rollouts = Rollouts.from_columns(columns, self.num_generations)
+        given = assign_credit(rollouts, self.method, prior=[mode.prior for mode in self.modes], tau=self._tau())
+        first = self.accelerator.process_index * len(inputs)
+        self._add_weights(batch, rollouts, given, slice(first, first + len(inputs)))
+        for name, value in rollout_metrics(self.modes.names, rollouts, given).items():
+            self._metrics["train" if self.model.training else "eval"][name].append(value)
+        self.rollouts = rollouts
+        return batch
+
+    def _add_weights(self, batch: dict, rollouts: Rollouts, given: Credit, own: slice) -> None:
+        """Put this rank's advantages and weights, (B, T) each, and mode targets, (B, M), into the batch."""
+        mask = batch["completion_mask"]
+        # N: rollouts of one optimizer step. A generation batch feeds steps_per_generation micro-batches.
+        steps = self.args.steps_per_generation / self.args.gradient_accumulation_steps
+        num_rollouts = rollouts.scorable.sum().item() / steps
+        scorable = rollouts.scorable[own].to(mask.device)
+        control = (
+            torch.zeros(len(scorable)) if given.targets is not None else self.method.alpha * rollouts.importance[own]
+        )
+        advantages = given.response_advantages[own, None].repeat(1, mask.shape[1])
+        advantages[:, 0] = given.mode_advantages[own]
+        batch["advantages"] = advantages.to(mask.device)
+        batch["weights"] = token_weights(
+            mask, scorable, num_rollouts, control=control.to(mask.device), decoupled=self.method.decoupled
+        )
+        batch["kl_weights"] = kl_weights(mask, scorable, num_rollouts)
+        if given.targets is not None:
+            batch["mode_targets"] = given.targets[own].to(mask.device)
+            known = (given.target_known[own] & rollouts.scorable[own]).float().to(mask.device)
+            batch["mode_target_weights"] = self.method.alpha * known / max(num_rollouts, 1.0)
+
+    def _tau(self) -> float:
+        """Temperature of the mode target at this step: linear from `tau_start` over the first half of the run."""
+        start, end = self.method.tau_start, self.method.tau
+        if start is None:
+            return end
+        progress = min(1.0, 2 * self.state.global_step / max(1, self.state.max_steps))
+        return start + (end - start) * progress
+
+    # ---- loss --------------------------------------------------------------------------------------------------
+
+    def _compute_loss(self, model, inputs):
+        """Sum over this micro-batch of the weighted terms; the weights already hold every denominator."""
+        input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+        length = inputs["completion_ids"].shape[1]
+        scores = score_completions(model, input_ids, attention_mask, length, self.modes, self.temperature)
+        new, weights = scores.per_token_logps, inputs["weights"]
+        old = inputs.get("old_per_token_logps")
+        old = new.detach() if old is None else old
+        if "importance_sampling_ratio" in inputs:  # vLLM's sampler against the trainer's forward pass
+            weights = weights * inputs["importance_sampling_ratio"]
+        clip = {"epsilon_low": self.epsilon_low, "epsilon_high": self.epsilon_high}
+        loss = policy_loss(new, old, inputs["advantages"], weights, **clip)
+        if "mode_targets" in inputs:
+            loss = loss + mode_target_loss(scores.mode_logps, inputs["mode_targets"], inputs["mode_target_weights"])
+        kl = new.new_zeros(())
+        if self.beta != 0.0:
+            kl = kl_loss(new, inputs["ref_per_token_logps"], inputs["kl_weights"])
+            loss = loss + self.beta * kl
+        self._log_loss(scores.entropies, token_ratio(new, old, weights).detach(), inputs, kl.detach())
+        # Ranks average their gradients; N counts the rollouts of all of them.
+        return loss * self.accelerator.num_processes
+
+    @torch.no_grad()
+    def _log_loss(self, entropies: torch.Tensor, ratio: torch.Tensor, inputs: dict, kl: torch.Tensor) -> None:
+        """Entropy and clip ratios over response tokens of all ranks, and the KL term."""
+        mask, advantages = inputs["completion_mask"][:, 1:], inputs["advantages"][:, 1:]
+        ratio = ratio[:, 1:]
+        low = (ratio < 1 - self.epsilon_low) & (advantages < 0)
+        high = (ratio > 1 + self.epsilon_high) & (advantages > 0)
+        sums = torch.stack([mask.sum(), *((x * mask).sum() for x in (entropies[:, 1:], low, high)), kl])
+        count, *totals, kl = self.accelerator.reduce(sums, reduction="sum").tolist()
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name, total in zip(("entropy", "clip_ratio/low", "clip_ratio/high"), totals, strict=True):
+            metrics[name].append(total / max(count, 1.0))
+        if self.beta != 0.0:
+            # The micro-batches of an optimizer step add up to its KL; the log averages over them.
+            metrics["kl"].append(kl * self.args.gradient_accumulation_steps)
+
+    def log(self, logs, start_time=None):
+        """Average the step's metrics. TRL leaves NaN out of these means; here a NaN shows."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        logs.update({name: sum(values) / len(values) for name, values in metrics.items() if values})
+        metrics.clear()
+        super().log(logs, start_time)
+
+
+@contextmanager
+def replaced(owner: object, name: str, value: object) -> Iterator[None]:
+    """Attribute `name` of `owner` is `value` inside the context."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)

@@ -1,0 +1,126 @@
+"""Supervised start with TRL's SFTTrainer: the model learns to answer in every mode before RL lets it choose.
+
+Rows are prompt ids (data/prompts.py), a control token, a written response; only what follows the prompt carries loss.
+`paired` shows each question in every mode, as Thinkless does; `cross` shows each question in one mode, drawn by
+`shares` ("Demystifying Hybrid Thinking", arXiv 2510.12680, found modes to separate better). Training stops as soon as
+the accuracies named in `warmup.stop` are reached, and a gate checks that RL can start at all.
+"""
+
+from collections.abc import Iterable
+from random import Random
+
+import numpy as np
+from datasets import Dataset
+from transformers import TrainerCallback
+
+from siesta.data.errors import DataError, UserError
+from siesta.data.prompts import messages, prompt_ids, response_ids
+from siesta.data.schema import Example
+from siesta.rl.judge import Judge
+from siesta.rl.modes import Modes
+from siesta.rl.policies import Measurement
+from siesta.rl.recipe import WarmupSection
+
+IGNORED = -100  # label of tokens without loss, as transformers defines it
+
+
+class GateError(UserError):
+    """The warmed-up model cannot be trained by RL."""
+
+
+def warmup_rows(
+    examples: Iterable[Example],
+    judge: Judge,
+    *,
+    pairing: str,
+    shares: dict[str, float] | None,
+    instruction: str,
+    seed: int,
+) -> Dataset:
+    """Rows of `input_ids` and `labels`.
+
+    Args:
+        pairing: `paired` or `cross`.
+        shares: Weight of each mode under `cross`; equal by default.
+        seed: Of the draw of modes.
+
+    Raises:
+        DataError: An example has no response for a mode it is shown in.
+    """
+    modes, tokenizer = judge.modes, judge.tokenizer
+    rng = Random(seed)
+    weights = [(shares or {}).get(mode.name, 0.0 if shares else 1.0) for mode in modes]
+    rows = []
+    for example in examples:
+        prompt = prompt_ids(tokenizer, messages(example, instruction))
+        for mode in list(modes) if pairing == "paired" else rng.choices(list(modes), weights):
+            response = example.meta.get("responses", {}).get(mode.name)
+            if response is None:
+                raise DataError(
+                    f"{example.id}: no response for mode {mode.name!r} to warm up on; map one with "
+                    f"data.columns.responses.{mode.name}"
+                )
+            completion = [mode.token_id, *response_ids(tokenizer, response)]
+            rows.append({"input_ids": prompt + completion, "labels": [IGNORED] * len(prompt) + completion})
+    return Dataset.from_list(rows)
+
+
+def accuracy(measured: Measurement, key: str) -> float:
+    """Greedy accuracy of `mode` or, for `mode@level`, of that level alone; NaN if no item has the level."""
+    mode, _, level = key.partition("@")
+    scores = measured.greedy_scores[:, measured.modes.index(mode)]
+    chosen = scores[measured.levels == int(level)] if level else scores
+    return float(np.mean(chosen)) if len(chosen) else float("nan")
+
+
+def accuracy_by_level(measured: Measurement) -> str:
+    """One line: greedy accuracy of each mode at each level, in per cent."""
+    levels = np.unique(measured.levels)
+    parts = []
+    for column, mode in enumerate(measured.modes):
+        by_level = [measured.greedy_scores[measured.levels == level, column].mean() for level in levels]
+        parts.append(f"{mode} " + " ".join(f"{100 * value:.0f}" for value in by_level))
+    return " | ".join(parts)
+
+
+class StopOnAccuracy(TrainerCallback):
+    """Ends the warm-up as soon as every accuracy in `stop` is reached."""
+
+    def __init__(self, measure_now, section: WarmupSection, say):
+        self.measure_now, self.section, self.say = measure_now, section, say
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self.section.check_every == 0:
+            measured = self.measure_now(model)
+            self.say(
+                f"warm-up {state.global_step}/{state.max_steps} accuracy % by level: {accuracy_by_level(measured)}"
+            )
+            stop = self.section.stop
+            if stop and all(accuracy(measured, key) >= floor for key, floor in stop.items()):
+                control.should_training_stop = True
+
+
+def check_gate(measured: Measurement, section: WarmupSection, modes: Modes) -> None:
+    """Can RL start? Every mode must be sampled, and nearly all mass must lie on control tokens.
+
+    Raises:
+        GateError: With the number that failed and what to do.
+    """
+    mass = float(measured.mass.mean())
+    if mass < section.min_mass:
+        raise GateError(
+            f"warm-up gate: mass on control tokens is {mass:.3f}, below warmup.min_mass {section.min_mass}; train "
+            "longer (warmup.max_steps), raise warmup.learning_rate, or add warm-up data"
+        )
+    for mode, share in zip(modes, measured.mode_probs.mean(0), strict=True):
+        if share < section.min_share:
+            raise GateError(
+                f"warm-up gate: mode {mode.name!r} has probability {share:.4f}, below warmup.min_share "
+                f"{section.min_share}; give it a larger share of the warm-up data (warmup.shares)"
+            )
+    for key, floor in section.stop.items():
+        reached = accuracy(measured, key)
+        if not reached >= floor:
+            raise GateError(
+                f"warm-up gate: accuracy of {key} is {reached:.3f}, below warmup.stop {floor}; raise warmup.max_steps"
+            )

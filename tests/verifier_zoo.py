@@ -1,0 +1,87 @@
+"""Verifiers that behave badly, for test_isolated.py, which imports them by dotted path from this folder.
+
+The solution names the behaviour, so that one worker can be led from a bad call straight to a good one.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+def hang(answer: str) -> float:
+    while True:
+        pass
+
+
+def fork_and_hang(answer: str) -> float:
+    """Parent and child keep the FIFO `answer` open for writing, so its reader sees when both are gone."""
+    os.open(answer, os.O_WRONLY)
+    os.fork()
+    signal.pause()
+    return 1.0
+
+
+def fork_and_return(answer: str) -> float:
+    """The child finishes first and takes the verifier's way back into the worker."""
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        return 0.5
+    return 0.25
+
+
+def flood(answer: str) -> float:
+    """50 MB through every way out of a process, then an answer."""
+    chunk = "x" * 999 + "\n"
+    for _ in range(25_000):
+        print(chunk, end="")
+    for _ in range(50):
+        os.write(1, b"y" * 250_000)
+        os.write(2, b"z" * 250_000)
+    subprocess.run([sys.executable, "-c", "print('{\"score\": 0.0}')"], check=True)
+    return 1.0
+
+
+def shout(answer: str) -> float:
+    raise ValueError("much too long " * 100_000)
+
+
+def write_id(answer: str) -> float:
+    with open(answer, "w") as file:
+        file.write(str(os.getpid()))
+    return 1.0
+
+
+BEHAVIOURS: dict[str, Callable[[str], Any]] = {
+    "hang": hang,
+    "fork and hang": fork_and_hang,
+    "fork and return": fork_and_return,
+    "flood": flood,
+    "shout": shout,
+    "raise": lambda answer: 1 / 0,
+    "write id": write_id,
+    "exit": lambda answer: os._exit(3),
+    "sys.exit": lambda answer: sys.exit(4),
+    "string": lambda answer: "1.0",
+    "none": lambda answer: None,
+    "nan": lambda answer: float("nan"),
+    "infinite": lambda answer: float("inf"),
+    "seven": lambda answer: 7.0,
+    "negative": lambda answer: -0.1,
+    "bool": lambda answer: True,
+    "half": lambda answer: 0.5,
+    "read stdin": lambda answer: float(sys.stdin.read() == ""),
+    "variable is set": lambda answer: answer in os.environ,
+    "close every descriptor": lambda answer: os.closerange(3, 100),
+}
+
+
+def act(solution: str, answer: str) -> Any:
+    """The behaviour that `solution` names, or plain equality."""
+    return BEHAVIOURS[solution](answer) if solution in BEHAVIOURS else solution == answer
+
+
+not_callable = 3
