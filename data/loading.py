@@ -1,6 +1,5 @@
 """From a recipe's `data:` section to the examples of a split."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from siesta.data.errors import DataError
@@ -11,7 +10,7 @@ if TYPE_CHECKING:
     from siesta.rl.recipe import DataSection
 
 
-def load_examples(section: "DataSection", split: Split, size: int) -> Sequence[Example]:
+def load_examples(section: "DataSection", split: Split, size: int) -> list[Example]:
     """At most `size` examples of a split.
 
     Without a validation source, the validation split is the tail of the training rows (a tenth), which training then
@@ -21,7 +20,7 @@ def load_examples(section: "DataSection", split: Split, size: int) -> Sequence[E
         DataError: A source is missing, empty or malformed, or test items stand in the training set.
     """
     if section.task is not None:
-        return TaskSource(section.task, split, size, seed=section.seed, level_weights=section.level_weights)
+        return list(TaskSource(section.task, split, size, seed=section.seed, level_weights=section.level_weights))
     source = {"train": section.train, "validation": section.validation or section.train, "test": section.test}[split]
     assert source is not None  # the recipe has checked it
     rows = read_rows(source.path, name=source.name, split=source.split, revision=source.revision)

@@ -1,6 +1,6 @@
 """What each token is credited with, and how much it weighs: mode values, advantages, mode targets, weights.
 
-Pure functions on one generation batch: P prompts, G rollouts each, M modes; B = P * G rollouts in group order; T tokens.
+Pure functions on a generation batch: P prompts, G rollouts each, M modes; B = P * G rollouts in group order, T tokens.
 An unscorable rollout has reward NaN: it enters no mean, weighs nothing and is not counted in N.
 """
 
@@ -141,7 +141,7 @@ def shrink_values(values: torch.Tensor, counts: torch.Tensor, strength: float) -
 
 
 def mode_targets(values: torch.Tensor, prior: torch.Tensor, tau: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """pi*(m given x) proportional to prior(m) exp(Q(x, m) / tau): the best mode policy at a price tau on KL to the prior.
+    """pi*(m given x) proportional to prior(m) exp(Q(x, m) / tau), the best mode policy at a price tau on KL to prior.
 
     Args:
         values: Q(x, m), shape (P, M).

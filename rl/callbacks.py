@@ -92,9 +92,9 @@ class CollapseGuard(TrainerCallback):
     """Warns, saves and, if the recipe says so, stops when the mode policy has collapsed for a whole window of logs.
 
     Collapsed means: the mean probability of a mode lies outside [min_share, max_share], or the entropy of the mean
-    mode policy lies under min_entropy. The entropy of single prompts is not judged: a policy that is sure on every prompt,
-    of one mode here and of another there, is what training is for. Rollout shares are not judged either: a plan that
-    forces modes keeps them level whatever the policy does.
+    mode policy lies under min_entropy. The entropy of single prompts is not judged: a policy that is sure on every
+    prompt, of one mode here and of another there, is what training is for. Rollout shares are not judged either: a
+    plan that forces modes keeps them level whatever the policy does.
     """
 
     def __init__(self, section: GuardSection, modes: list[str]):

@@ -26,15 +26,9 @@ REFUSED = {
     "min_p": "a truncated sampler is not the policy in the loss",
     "repetition_penalty": "a penalised sampler is not the policy in the loss",
     "max_completion_length": "caps are per mode: modes.<name>.max_tokens",
-    "chat_template_kwargs": "all stages share one template: set model.chat_template",
-    "model_init_kwargs": "the model section says how the model is loaded",
     "num_generations_eval": "evaluation has its own section",
     "eval_strategy": "evaluation has its own section: evaluate.every",
     "do_eval": "evaluation has its own section: evaluate.every",
-    "output_dir": "the run directory is tracking.output_dir / tracking.run",
-    "run_name": "the run is called tracking.run",
-    "report_to": "trackers are named in tracking.report_to",
-    "push_to_hub": "checkpoints are exported by the export stage",
 }
 
 
@@ -50,9 +44,7 @@ class DeGRPOConfig(GRPOConfig):
     )
     mode_sampling: str = field(
         default="stratified",
-        metadata={
-            "help": "`free`: drawn from the model; `stratified`: equal shares; `floor`: free above `mode_floor`."
-        },
+        metadata={"help": "`free`: the model draws; `stratified`: equal shares; `floor`: free above `mode_floor`."},
     )
     mode_floor: int = field(default=1, metadata={"help": "Rollouts of each mode that `floor` forces in every group."})
     mode_floor_steps: int = field(
@@ -88,7 +80,7 @@ class DeGRPOConfig(GRPOConfig):
     def __post_init__(self):
         for name, reason in REFUSED.items():
             default = next(f.default for f in fields(GRPOConfig) if f.name == name)
-            if name != "output_dir" and getattr(self, name) != default:
+            if getattr(self, name) != default:
                 raise RecipeError(f"rl.{name}: not a setting of DeGRPO: {reason}")
         super().__post_init__()
 

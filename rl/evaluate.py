@@ -3,6 +3,7 @@
 python -m siesta.rl.evaluate outputs/quickstart            # evaluates rl/final again with the run's recipe
 """
 
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -75,30 +76,30 @@ def measure(
 def print_table(
     result: dict, title: str, *, decoding: str = "greedy", only: Sequence[str] = (), console: Console | None = None
 ) -> None:
-    """One decoding of `policies.table` as a rich table: a row a policy (those in `only`), the last mode's share a level."""
+    """One decoding of `policies.table` as a rich table: a row a policy (of `only`), the last mode's share by level."""
     rows = result[decoding]
     last = list(rows["free"]["shares"])[-1]
     levels = list(rows["free"]["levels"])
     view = Table(
         title=title, caption=f"{result['items']} items, {decoding}; brackets: 95 % bootstrap interval over items"
     )
-    view.add_column("policy")
+    view.add_column("policy", no_wrap=True)
     for name in ("accuracy %", "tokens", f"{last} %", "regret"):
-        view.add_column(name, justify="right")
-    for level in levels if len(levels) > 1 else []:
-        view.add_column(f"{last} % L{level}", justify="right")
+        view.add_column(name, justify="right", no_wrap=True)
+    if len(levels) > 1:
+        view.add_column(f"{last} % at level {levels[0]} to {levels[-1]}", no_wrap=True)
     for name, row in rows.items():
         if only and name not in only:
             continue
         low, high = row["interval"]["accuracy"]
-        shares = [f"{100 * row['levels'][level]['shares'][last]:.0f}" for level in levels if len(levels) > 1]
+        shares = " ".join(f"{100 * row['levels'][level]['shares'][last]:.0f}" for level in levels)
         view.add_row(
             name,
             f"{100 * row['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]",
             f"{row['tokens']:.1f}",
             f"{100 * row['shares'][last]:.0f}",
             f"{row['regret']:.3f}",
-            *shares,
+            *([shares] if len(levels) > 1 else []),
             style="bold" if name == "free" else "",
         )
-    (console or Console()).print(view)
+    (console or Console(width=None if sys.stdout.isatty() else 120)).print(view)

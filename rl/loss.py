@@ -1,7 +1,7 @@
 """The loss: one weighted sum over tokens, as pure functions of tensors.
 
     loss = - sum_{i,t} w_{i,t} min(ratio_{i,t} A_{i,t}, clip(ratio_{i,t}) A_{i,t})  +  beta sum_{i,t} v_{i,t} KL_{i,t}
-           + sum_i u_i CE(pi*(. given x_i), pi_theta(. given x_i))
+           + sum_i u_i CE(pi*(. given x_i), p_theta(. given x_i))
 
 Thinkless (arXiv 2505.13379, its DeGRPO objective) is the case w_{i,0} = alpha / N, w_{i,t} = 1 / (N T_i), u = 0. All
 denominators sit in the weights, which `advantages.py` makes from counts over the whole optimizer step. So the sum can
@@ -57,16 +57,17 @@ def kl_loss(per_token_logps: torch.Tensor, ref_per_token_logps: torch.Tensor, we
     return (weights * (difference.exp() - difference - 1)).sum()
 
 
-def mode_target_loss(mode_logps: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy from the mode targets to the model's mode policy, weighted and summed.
+def mode_target_loss(control_logps: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy from the mode targets to the model's distribution at position 0, weighted and summed.
 
-    Its gradient on the mode logits is weight * (pi_theta - pi*): unlike a policy gradient it does not carry the factor
-    pi_theta(m), so it does not vanish when the policy has collapsed onto one mode.
+    With log-probabilities over the whole vocabulary it is CE(pi*, pi_theta) - log mass: the mode policy moves to the
+    target and the control tokens keep their mass. The gradient on the logits is weight * (p - pi*): unlike a policy
+    gradient it does not carry the factor pi_theta(m), so it does not vanish when the policy has collapsed on one mode.
 
     Args:
-        mode_logps: log pi_theta(m given x_i), shape (B, M), normalised over the control tokens.
+        control_logps: log p(control token m given x_i), shape (B, M).
         targets: pi*(m given x_i), shape (B, M); rows of weight 0 may hold anything.
         weights: u_i, shape (B,).
     """
-    cross_entropy = -(torch.where(weights[:, None] > 0, targets, 0.0) * mode_logps).sum(dim=1)
+    cross_entropy = -(torch.where(weights[:, None] > 0, targets, 0.0) * control_logps).sum(dim=1)
     return (weights * cross_entropy).sum()

@@ -31,6 +31,7 @@ def rollout_metrics(names: list[str], rollouts: Rollouts, credit: Credit) -> dic
         members = modes == column
         result[f"mode/{name}/share"] = members.float().mean().item()
         result[f"mode/{name}/prob"] = mean_policy[column].item()
+        result[f"mode/{name}/unscorable"] = (members & ~scorable).sum().item()
         if (members & scorable).any():
             judged = members & scorable
             result[f"mode/{name}/accuracy"] = scores[judged].mean().item()

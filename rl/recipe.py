@@ -19,6 +19,16 @@ from trl import SFTConfig
 from siesta.data.errors import RecipeError
 from siesta.rl.config import DeGRPOConfig
 
+# Fields of the TRL configs that belong to the run as a whole.
+ELSEWHERE = {
+    "output_dir": "the run directory is tracking.output_dir / tracking.run",
+    "run_name": "the run is called tracking.run",
+    "report_to": "trackers are named in tracking.report_to",
+    "push_to_hub": "the export stage makes what is published",
+    "model_init_kwargs": "the model section says how the model is loaded",
+    "chat_template_kwargs": "all stages share one template: set model.chat_template",
+}
+
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 
@@ -234,6 +244,8 @@ def check_trainer_section(name: str, section: Any, config: type) -> Any:
     hints = get_type_hints(config)
     known = {f.name for f in dataclasses.fields(config) if f.init}
     for key, value in section.trainer_fields().items():
+        if key in ELSEWHERE:
+            raise RecipeError(f"{name}.{key}: not a setting of this section: {ELSEWHERE[key]}")
         if key not in known:
             raise RecipeError(unknown_key(f"{name}.{key}", key, known | set(type(section).model_fields)))
         try:

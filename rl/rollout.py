@@ -22,9 +22,9 @@ class ModePlan:
     mass: torch.Tensor
 
     @property
-    def chosen_probs(self) -> torch.Tensor:
-        """pi_old(m_i given x_i), (B,)."""
-        return self.mode_probs.gather(1, self.modes[:, None]).squeeze(1)
+    def importance(self) -> torch.Tensor:
+        """rho_i = pi_old(m_i given x_i) / q(m_i given x_i), the exact importance weight of a forced mode, (B,)."""
+        return self.mode_probs.gather(1, self.modes[:, None]).squeeze(1) / self.sampled_probs
 
 
 def forced_per_mode(sampling: str, group: int, num_modes: int, floor: int) -> int:

@@ -41,6 +41,7 @@ def trainer_settings(context: Context, stage: str, fields: dict) -> dict:
         "report_to": start_trackers(context.recipe.tracking, context.path),
         "disable_tqdm": True,
         "bf16": default_device() == "cuda",
+        "dataloader_pin_memory": default_device() == "cuda",
         "logging_nan_inf_filter": False,
     }
     return settings | fields
@@ -102,7 +103,9 @@ def warmup_trainer(context: Context, validation) -> SFTTrainer:
         instruction=recipe.data.instruction,
         seed=recipe.seed,
     )
-    config = SFTConfig(**trainer_settings(context, "warmup", {"save_strategy": "no"} | section.trainer_fields()))
+    # max_length None: TRL would cut long rows without a word; the prompt limit has been checked.
+    fields = {"save_strategy": "no", "max_length": None} | section.trainer_fields()
+    config = SFTConfig(**trainer_settings(context, "warmup", fields))
     config.model_init_kwargs = {"dtype": recipe.model.dtype}
     trainer = SFTTrainer(
         model=str(context.path / "model"),

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+import datasets
 from accelerate import PartialState
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
@@ -70,6 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     try:
         recipe = load_recipe(options.recipe, options.overrides)
         if options.dry_run:

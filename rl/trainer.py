@@ -53,6 +53,10 @@ class DeGRPOTrainer(GRPOTrainer):
     def _plan_modes(self, prompt_ids: list[list[int]]) -> ModePlan:
         """Exact pi_old of each unique prompt of this rank, in one forward pass, and a mode for each rollout."""
         unique = [list(ids) for ids in dict.fromkeys(map(tuple, prompt_ids))]
+        row = {tuple(ids): i for i, ids in enumerate(unique)}
+        # Every rank runs as many batches as the one with the most prompts: a forward pass can be a collective.
+        most = self.accelerator.gather(torch.tensor([len(unique)], device=self.accelerator.device)).max().item()
+        unique += [unique[0]] * (int(most) - len(unique))
         log_policy, mass = mode_policy(
             self.model_wrapped,
             unique,
@@ -62,7 +66,6 @@ class DeGRPOTrainer(GRPOTrainer):
             pad_id=self._tokenizer.pad_token_id,
             device=self.accelerator.device,
         )
-        row = {tuple(ids): i for i, ids in enumerate(unique)}
         rows = [row[tuple(ids)] for ids in prompt_ids]
         first = self.accelerator.process_index * len(prompt_ids)
         modes, sampled = draw_modes(
@@ -106,7 +109,7 @@ class DeGRPOTrainer(GRPOTrainer):
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **unused
     ):
-        """Log-probabilities of completions, control token over the control tokens alone, in chunks of `batch_size`."""
+        """Log-probabilities and entropies of completions, in chunks of `batch_size`."""
         size = batch_size or len(input_ids)
         scores = [
             score_completions(model, ids, mask, logits_to_keep, self.modes, self.temperature)
@@ -121,22 +124,15 @@ class DeGRPOTrainer(GRPOTrainer):
         """TRL's rollout batch with our advantages and weights. Outcomes are gathered first: all counts are global."""
         batch = super()._generate_and_score_completions(inputs)
         plan = self._plan
-        importance = plan.mode_probs.gather(1, plan.modes[:, None]) / plan.sampled_probs[:, None]
-        local = [
-            self.reward_function.outcomes,
-            plan.modes[:, None].float(),
-            importance,
-            plan.mass[:, None],
-            plan.mode_probs,
-        ]
-        columns = self.accelerator.gather(torch.cat(local, dim=1).to(self.accelerator.device)).cpu()
+        own = torch.stack([plan.modes.float(), plan.importance, plan.mass], dim=1)
+        local = torch.cat([self.reward_function.outcomes, own, plan.mode_probs], dim=1)
+        columns = self.accelerator.gather(local.to(self.accelerator.device)).cpu()
         rollouts = Rollouts.from_columns(columns, self.num_generations)
         given = assign_credit(rollouts, self.method, prior=[mode.prior for mode in self.modes], tau=self._tau())
         first = self.accelerator.process_index * len(inputs)
         self._add_weights(batch, rollouts, given, slice(first, first + len(inputs)))
         for name, value in rollout_metrics(self.modes.names, rollouts, given).items():
             self._metrics["train" if self.model.training else "eval"][name].append(value)
-        self.rollouts = rollouts
         return batch
 
     def _add_weights(self, batch: dict, rollouts: Rollouts, given: Credit, own: slice) -> None:
@@ -185,7 +181,7 @@ class DeGRPOTrainer(GRPOTrainer):
         clip = {"epsilon_low": self.epsilon_low, "epsilon_high": self.epsilon_high}
         loss = policy_loss(new, old, inputs["advantages"], weights, **clip)
         if "mode_targets" in inputs:
-            loss = loss + mode_target_loss(scores.mode_logps, inputs["mode_targets"], inputs["mode_target_weights"])
+            loss = loss + mode_target_loss(scores.control_logps, inputs["mode_targets"], inputs["mode_target_weights"])
         kl = new.new_zeros(())
         if self.beta != 0.0:
             kl = kl_loss(new, inputs["ref_per_token_logps"], inputs["kl_weights"])
