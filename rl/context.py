@@ -17,7 +17,7 @@ from siesta.data.schema import Example
 from siesta.data.sources import Split
 from siesta.rl.evaluate import measure
 from siesta.rl.judge import Judge, build_judge
-from siesta.rl.models import build_modes, load_tokenizer
+from siesta.rl.models import build_modes, make_tokenizer
 from siesta.rl.modes import Modes
 from siesta.rl.policies import Measurement
 from siesta.rl.recipe import Recipe
@@ -41,14 +41,14 @@ class Context:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return load_tokenizer(self.path / "model")
+        return make_tokenizer(self.recipe)[0]
 
     @cached_property
     def modes(self) -> Modes:
         return build_modes(self.recipe.modes, self.tokenizer)
 
     @cached_property
-    def train_examples(self) -> Sequence[Example]:
+    def train_examples(self) -> list[Example]:
         return self.examples("train", self.recipe.data.train_size)
 
     @cached_property
@@ -75,7 +75,7 @@ class Context:
         """Of rollouts, and so of the policy that is measured."""
         return self.recipe.rl.trainer_fields().get("temperature", 1.0)
 
-    def examples(self, split: Split, size: int) -> Sequence[Example]:
+    def examples(self, split: Split, size: int) -> list[Example]:
         """At most `size` examples of a split."""
         return load_examples(self.recipe.data, split, size)
 

@@ -23,15 +23,21 @@ def build_modes(sections: dict[str, ModeSection], tokenizer: PreTrainedTokenizer
     )
 
 
-def make_model(recipe: Recipe, folder: Path) -> None:
-    """Build or fetch the model, give it the control tokens, and save it to `folder`."""
+def make_tokenizer(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, list[str]]:
+    """The recipe's tokenizer with control tokens and cut chat template, and the tokens that were added."""
     section = recipe.model
     tokenizer = embedded.build_tokenizer() if section.path is None else _load(AutoTokenizer, section)
     if section.chat_template is not None:
         if not section.chat_template.is_file():
             raise ModelError(f"model.chat_template: {section.chat_template}: no such file")
         tokenizer.chat_template = section.chat_template.read_text(encoding="utf-8")
-    added = prepare_tokenizer(tokenizer, [mode.token for mode in recipe.modes.values()])
+    return tokenizer, prepare_tokenizer(tokenizer, [mode.token for mode in recipe.modes.values()])
+
+
+def make_model(recipe: Recipe, folder: Path) -> None:
+    """Build or fetch the model, give it the control tokens, and save it to `folder`."""
+    section = recipe.model
+    tokenizer, added = make_tokenizer(recipe)
     if section.path is None:
         model = embedded.build_model(tokenizer, seed=recipe.seed, **section.embedded.model_dump())
     else:

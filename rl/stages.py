@@ -18,7 +18,7 @@ from siesta.rl.context import Context, main_process
 from siesta.rl.evaluate import print_table
 from siesta.rl.export import export_checkpoint
 from siesta.rl.models import default_device, load_model, lora_config, make_model, save_model
-from siesta.rl.modes import check_prompts, check_stage_ids
+from siesta.rl.modes import check_stage_ids
 from siesta.rl.report import write_report
 from siesta.rl.run import write_atomically
 from siesta.rl.tracking import start_trackers
@@ -71,10 +71,6 @@ def model_stage(context: Context) -> None:
 def warmup_stage(context: Context) -> None:
     """Teach every mode, then check that RL can start."""
     section = context.recipe.warmup
-    prompts = [
-        messages(example, context.recipe.data.instruction) for example in context.train_examples[:CHECKED_PROMPTS]
-    ]
-    check_prompts(context.tokenizer, context.modes, prompts)
     validation = context.examples("validation", section.check_items)
     if section.enabled:
         trainer = warmup_trainer(context, validation)
@@ -156,7 +152,6 @@ def watch(context: Context, trainer: Trainer, stage: str, columns: dict[str, str
 
 def rl_dataset(context: Context) -> Dataset:
     """Rows of `prompt`, `answer` and `verifier`."""
-    context.prompts(context.train_examples)  # no prompt is over the limit
     return Dataset.from_list(
         [
             {
@@ -238,7 +233,6 @@ def evaluate_stage(context: Context) -> None:
         return
     section = context.recipe.evaluate
     examples = context.examples("test", section.items)
-    context.prompts(examples)
     results = {}
     for name, folder in {"before": context.start, "after": context.path / "rl"}.items():
         if name == "after" and not context.recipe.rl.enabled:

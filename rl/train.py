@@ -17,12 +17,14 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from siesta.data.errors import UserError
-from siesta.data.loading import check_splits, load_examples
+from siesta.data.loading import check_splits
+from siesta.data.prompts import messages
 from siesta.rl.config import check_method
 from siesta.rl.context import Context
+from siesta.rl.modes import check_prompts
 from siesta.rl.recipe import Recipe, dump_recipe, load_recipe
 from siesta.rl.run import Run
-from siesta.rl.stages import STAGES, GuardStop, rl_config, show_evaluation
+from siesta.rl.stages import CHECKED_PROMPTS, STAGES, GuardStop, rl_config, show_evaluation
 
 
 def preflight(recipe: Recipe, context: Context) -> None:
@@ -33,8 +35,12 @@ def preflight(recipe: Recipe, context: Context) -> None:
     """
     check_method(rl_config(context), len(recipe.modes))
     check_splits(recipe.data)
-    for split, size in (("train", 1), ("validation", 1), ("test", 1)):
-        load_examples(recipe.data, split, size)
+    examples = context.train_examples + context.examples("test", recipe.evaluate.items)
+    context.examples("validation", recipe.warmup.check_items)
+    context.prompts(examples)
+    sample = examples[:CHECKED_PROMPTS]
+    check_prompts(context.tokenizer, context.modes, [messages(x, recipe.data.instruction) for x in sample])
+    context.judge.verifiers  # noqa: B018  builds every verifier that the examples name
 
 
 def run_recipe(recipe: Recipe) -> None:
