@@ -1,0 +1,1 @@
+"""Measurements behind docs/results: each module is one command that prints a table and writes JSON."""

@@ -1,0 +1,138 @@
+"""Which objective learns when to think? Every arm from the same warmed-up models on `calc`, several seeds.
+
+    python -m benchmarks.mode_selection                     # all arms, 3 seeds; writes docs/results/quickstart.*
+    python -m benchmarks.mode_selection --arms target grpo --seeds 0 --out /tmp/results
+
+Each arm is recipes/quickstart.yaml with a few settings replaced, run through `siesta.rl.train` like any user's run.
+Finished runs are skipped, so an interrupted measurement goes on where it stopped.
+"""
+
+import argparse
+import json
+import os
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing import get_context
+from pathlib import Path
+
+from benchmarks.mode_selection_tables import write_results
+
+RECIPE = "quickstart"
+GROUP = ["rl.mode_objective=policy_gradient", "rl.mode_sampling=free", "rl.advantage=group"]
+STRATIFIED = ["rl.mode_objective=policy_gradient", "rl.mode_sampling=stratified", "rl.advantage=per_mode"]
+# Seven times the weight on level 1 of 8: half of the items.
+HALF_EASY = ["data.level_weights={1: 7, 2: 1, 3: 1, 4: 1, 5: 1, 6: 1, 7: 1, 8: 1}"]
+PAPER = [*GROUP, "rl.alpha=0.001", "rl.beta=0.001"]
+PLAIN = [*GROUP, "rl.decoupled=false", "rl.scale_rewards=group"]
+
+# arm -> (start, settings); a start is a warmed-up model: as it is, or collapsed onto one mode.
+ARMS: dict[str, tuple[str, list[str]]] = {
+    "grpo": ("warm", PLAIN),
+    "degrpo_paper": ("warm", PAPER),
+    "per_mode_pg": ("warm", [*STRATIFIED, "rl.alpha=0.1"]),
+    "target": ("warm", []),
+    "target_from_think": ("all_think", []),
+    "target_from_short": ("all_short", []),
+    "degrpo_alpha_1e-2": ("warm", [*GROUP, "rl.alpha=0.01"]),
+    "degrpo_alpha_1e-1": ("warm", [*GROUP, "rl.alpha=0.1"]),
+    "target_tau_0.03": ("warm", ["rl.tau=0.03"]),
+    "target_tau_0.3": ("warm", ["rl.tau=0.3"]),
+    "target_tau_1": ("warm", ["rl.tau=1.0"]),
+    "target_tau_annealed": ("warm", ["rl.tau=0.03", "rl.tau_start=1.0"]),
+    "target_shrinkage_2": ("warm", ["rl.value_shrinkage=2.0"]),
+    "target_group_4": ("warm", ["rl.num_generations=4"]),
+    "target_group_4_shrinkage_2": ("warm", ["rl.num_generations=4", "rl.value_shrinkage=2.0"]),
+    "target_group_16": ("warm", ["rl.num_generations=16"]),
+    "target_alpha_0.1": ("warm", ["rl.alpha=0.1"]),
+    "target_alpha_0.3": ("warm", ["rl.alpha=0.3"]),
+    "target_alpha_3": ("warm", ["rl.alpha=3.0"]),
+    "target_floor_1": ("warm", ["rl.mode_sampling=floor", "rl.mode_floor=1"]),
+    "grpo_half_easy": ("warm", [*PLAIN, *HALF_EASY]),
+    "degrpo_paper_half_easy": ("warm", [*PAPER, *HALF_EASY]),
+    "per_mode_pg_half_easy": ("warm", [*STRATIFIED, "rl.alpha=0.1", *HALF_EASY]),
+    "target_half_easy": ("warm", HALF_EASY),
+}
+
+# start -> settings of the warm-up that makes it from `warm`: a short supervised phase at lopsided shares.
+LOPSIDED = ["warmup.max_steps=60", "warmup.warmup_steps=0", "warmup.stop={}", "warmup.min_share=0.0"]
+COLLAPSED = {
+    "all_think": [*LOPSIDED, "warmup.learning_rate=3.0e-4", "warmup.shares={short: 0.01, think: 0.99}"],
+    "all_short": [*LOPSIDED, "warmup.learning_rate=3.0e-4", "warmup.shares={short: 0.99, think: 0.01}"],
+}
+
+
+def settings(name: str, seed: int, out: Path) -> list[str]:
+    """What every run of a seed shares. Seeds are far apart: an example depends on data.seed plus its index."""
+    seeds = [f"seed={seed}", f"data.seed={seed * 10_000_000}"]
+    return [*seeds, f"tracking.output_dir={out}", f"tracking.run={name}-{seed}"]
+
+
+def run_one(name: str, seed: int, extra: list[str], out: Path) -> tuple[str, int]:
+    """Run the recipe with `extra` settings; what it prints goes to a log. Returns the exit code with the name."""
+    import torch
+
+    from siesta.rl.train import main
+
+    torch.set_num_threads(1)
+    with (out / f"{name}-{seed}.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
+        code = main([RECIPE, *settings(name, seed, out), *extra])
+    return f"{name}-{seed}", code
+
+
+def run_all(jobs: list[tuple[str, int, list[str], Path]], workers: int) -> None:
+    """Run jobs in fresh processes; a job that fails ends the measurement."""
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for future in [pool.submit(run_one, *job) for job in jobs]:
+            name, code = future.result()
+            print(f"{name}: {'done' if code == 0 else f'failed with exit code {code}'}", flush=True)
+            if code != 0:
+                raise SystemExit(f"{name} failed; see its log")
+
+
+def start_path(start: str, seed: int, out: Path) -> Path:
+    """Folder of the model an arm starts from."""
+    return out / f"start_{start}-{seed}" / "warmup"
+
+
+def measure(arms: list[str], seeds: list[int], out: Path, workers: int) -> None:
+    """Warm-ups, collapsed starts, then the arms."""
+    out.mkdir(parents=True, exist_ok=True)
+    starts = sorted({ARMS[arm][0] for arm in arms} - {"warm"})
+    run_all([("start_warm", seed, ["rl.enabled=false"], out) for seed in seeds], workers)
+    collapsed = [(f"start_{start}", COLLAPSED[start]) for start in starts]
+    run_all(
+        [
+            (name, seed, ["rl.enabled=false", f"model.path={start_path('warm', seed, out)}", *extra], out)
+            for name, extra in collapsed
+            for seed in seeds
+        ],
+        workers,
+    )
+    fixed = ["warmup.enabled=false", "warmup.min_share=0.0", "warmup.stop={}"]
+    fixed += ["rl.save_strategy=no", "rl.guard.action=warn", "export.enabled=false"]
+    run_all(
+        [
+            (arm, seed, [f"model.path={start_path(ARMS[arm][0], seed, out)}", *fixed, *ARMS[arm][1]], out)
+            for seed in seeds
+            for arm in arms
+        ],
+        workers,
+    )
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--runs", type=Path, default=Path("outputs/mode_selection"), help="where the runs are kept")
+    parser.add_argument("--out", type=Path, default=Path("docs"), help="where results/ and figures/ are written")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args()
+    measure(options.arms, options.seeds, options.runs, options.workers)
+    write_results(options.runs, options.out, options.arms, options.seeds)
+    print(json.dumps({"arms": len(options.arms), "seeds": options.seeds, "results": str(options.out)}))
+
+
+if __name__ == "__main__":
+    main()
