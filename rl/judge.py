@@ -125,14 +125,15 @@ class RewardFunction:
     def samples(self, count: int) -> list[dict]:
         """Rollouts of the last batch to look at, spread evenly over it: prompt, mode, response, score, reward."""
         rows = []
-        for i in range(0, len(self._batch), max(1, len(self._batch) // count)) if count else []:
+        last = len(self._batch) - 1
+        for i in sorted({place * last // max(1, count - 1) for place in range(count)}) if self._batch else []:
             prompt, mode, response = self._batch[i]
             reward, score, tokens, _ = self.outcomes[i].tolist()
             text = self.judge.tokenizer.decode(response)
             # None, not NaN: the row goes to JSON as it is.
             judged = {"score": None, "reward": None} if math.isnan(reward) else {"score": score, "reward": reward}
             rows.append({"prompt": prompt, "mode": mode.name, "response": text, "tokens": int(tokens), **judged})
-        return rows[:count]
+        return rows
 
 
 def _or_nan(value: float | None) -> float:

@@ -90,17 +90,25 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def lora_config(settings: dict | None, tokenizer: PreTrainedTokenizerBase, modes: Modes):
+def lora_config(settings: dict | None, *, train_embeddings: bool):
     """peft's LoraConfig from the recipe, or None.
 
-    The rows of the control tokens train along: an adapter cannot teach a token whose embedding stays at the mean.
+    Args:
+        settings: The recipe's `model.lora`.
+        train_embeddings: Train the embedding matrix along. The warm-up needs it: an adapter cannot tell two control
+            tokens apart whose rows both stand at the mean. (peft's `trainable_token_indices` would train these rows
+            alone, but TRL's fused head reads past it.)
+
+    Raises:
+        ModelError: peft does not know a setting.
     """
     if settings is None:
         return None
     from peft import LoraConfig
 
+    saved = {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True} if train_embeddings else {}
     try:
-        return LoraConfig(task_type="CAUSAL_LM", trainable_token_indices=modes.token_ids, **settings)
+        return LoraConfig(task_type="CAUSAL_LM", **(saved | settings))
     except (TypeError, ValueError) as error:
         raise ModelError(f"model.lora: {error}") from error
 

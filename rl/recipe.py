@@ -251,7 +251,8 @@ def check_trainer_section(name: str, section: Any, config: type) -> Any:
         try:
             section.__pydantic_extra__[key] = TypeAdapter(hints[key]).validate_python(value)
         except ValidationError as error:
-            raise RecipeError(f"{name}.{key}: {error.errors()[0]['msg']}, got {value!r}") from error
+            hint = "; quote the word, YAML reads no, yes, on and off as booleans" if isinstance(value, bool) else ""
+            raise RecipeError(f"{name}.{key}: {error.errors()[0]['msg']}, got {value!r}{hint}") from error
     return section
 
 

@@ -108,7 +108,7 @@ def warmup_trainer(context: Context, validation) -> SFTTrainer:
         args=config,
         train_dataset=rows,
         processing_class=context.tokenizer,
-        peft_config=lora_config(recipe.model.lora, context.tokenizer, context.modes),
+        peft_config=lora_config(recipe.model.lora, train_embeddings=True),
     )
     trainer.add_callback(
         StopOnAccuracy(lambda model: context.measure(model, validation, samples=1), section, context.say)
@@ -175,7 +175,7 @@ def rl_stage(context: Context) -> None:
         judge=context.judge,
         args=rl_config(context),
         train_dataset=rl_dataset(context),
-        peft_config=lora_config(recipe.model.lora, context.tokenizer, context.modes),
+        peft_config=lora_config(recipe.model.lora, train_embeddings=not recipe.warmup.enabled),
         callbacks=[guard],
     )
     sample = context.train_examples[:CHECKED_PROMPTS]

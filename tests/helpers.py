@@ -1,0 +1,53 @@
+"""A tiny two-mode setting that tests share: embedded tokenizer and model, modes, judge, a few examples."""
+
+from pathlib import Path
+
+import torch
+from transformers import LlamaForCausalLM
+
+from siesta.data.schema import Example
+from siesta.data.sources import TaskSource
+from siesta.rl import embedded
+from siesta.rl.judge import Judge, build_judge
+from siesta.rl.models import build_modes
+from siesta.rl.modes import grow_embeddings, prepare_tokenizer
+from siesta.rl.recipe import ModeSection
+
+SECTIONS = {
+    "short": ModeSection(token="<short>", max_tokens=2),
+    "think": ModeSection(token="<think>", max_tokens=12, correct=0.5, answer_after="="),
+}
+
+
+def tiny_judge(price_per_token: float = 0.0) -> Judge:
+    """Judge over the embedded tokenizer with the modes `short` and `think` and the `exact` verifier."""
+    tokenizer = embedded.build_tokenizer()
+    prepare_tokenizer(tokenizer, [section.token for section in SECTIONS.values()])
+    modes = build_modes(SECTIONS, tokenizer)
+    return build_judge(tokenizer, modes, {"exact"}, price_per_token=price_per_token, verifier_timeout=5.0)
+
+
+def tiny_model(seed: int = 0, hidden_size: int = 16) -> LlamaForCausalLM:
+    """Two-layer embedded model with the control tokens, random weights."""
+    tokenizer = embedded.build_tokenizer()
+    added = prepare_tokenizer(tokenizer, [section.token for section in SECTIONS.values()])
+    model = embedded.build_model(tokenizer, seed=seed, layers=2, hidden_size=hidden_size, heads=2, init=0.2)
+    grow_embeddings(model, tokenizer, added)
+    return model
+
+
+def save_tiny_model(folder: Path, seed: int = 0) -> Path:
+    """A tiny model with its tokenizer on disk."""
+    tiny_model(seed).save_pretrained(folder)
+    tiny_judge().tokenizer.save_pretrained(folder)
+    return folder
+
+
+def calc_examples(count: int) -> list[Example]:
+    """Training examples of `calc`."""
+    return list(TaskSource("calc", "train", count))
+
+
+def parameters(model: torch.nn.Module) -> torch.Tensor:
+    """All parameters as one vector."""
+    return torch.cat([p.detach().flatten() for p in model.parameters()])

@@ -1,0 +1,232 @@
+"""DeGRPOTrainer against its definition: gradients, micro-batches, forced tokens, caps, unscorable rollouts, baselines."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+
+from siesta.data.errors import RecipeError
+from siesta.data.prompts import messages
+from siesta.rl.config import DeGRPOConfig
+from siesta.rl.judge import Judge
+from siesta.rl.trainer import DeGRPOTrainer
+from tests.helpers import calc_examples, parameters, save_tiny_model, tiny_judge
+
+METHODS = {
+    "target": {},
+    "per_mode": {"mode_objective": "policy_gradient", "alpha": 0.1},
+    "thinkless": {"mode_objective": "policy_gradient", "mode_sampling": "free", "advantage": "group", "alpha": 1e-3},
+    "grpo": {
+        "mode_objective": "policy_gradient",
+        "mode_sampling": "free",
+        "advantage": "group",
+        "decoupled": False,
+        "scale_rewards": "group",
+    },
+}
+
+
+def dataset(count: int = 16) -> Dataset:
+    return Dataset.from_list(
+        [{"prompt": messages(x), "answer": x.answer, "verifier": x.verifier} for x in calc_examples(count)]
+    )
+
+
+def uneven_judge() -> Judge:
+    """A judge that finds about half of the answers right, by their order: random models are never right."""
+    judge = tiny_judge()
+    calls = iter(range(10**6))
+    judge.verifiers["exact"] = lambda solution, answer: float(next(calls) % 8 in (0, 3, 4, 6, 7))
+    return judge
+
+
+def build(folder: Path, judge: Judge | None = None, **settings) -> DeGRPOTrainer:
+    """A trainer on a tiny model; 8 rollouts a step unless `settings` say otherwise."""
+    fields = {
+        "output_dir": str(folder / "out"),
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_steps": 1,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "bf16": False,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    args = DeGRPOConfig(**(fields | settings))
+    model = str(save_tiny_model(folder / "model"))
+    return DeGRPOTrainer(model=model, judge=judge or uneven_judge(), args=args, train_dataset=dataset())
+
+
+def rollout_batch(trainer: DeGRPOTrainer, rows: int = 8) -> dict:
+    """One generation batch, as the trainer would make it."""
+    trainer.model.train()
+    data = trainer.train_dataset
+    group = trainer.num_generations
+    inputs = [dict(data[i // group]) for i in range(rows)]
+    return trainer._generate_and_score_completions(inputs)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_trains_every_parameter_and_logs_every_mode(tmp_path, method):
+    trainer = build(tmp_path, **METHODS[method])
+    before = parameters(trainer.model)
+    trainer.train()
+    assert torch.isfinite(parameters(trainer.model)).all()
+    assert (parameters(trainer.model) != before).float().mean() > 0.5
+    logs = trainer.state.log_history[0]
+    for name in (
+        "mode/short/prob",
+        "mode/think/share",
+        "mode/mass",
+        "rollout/unscorable",
+        "rollout/reward",
+        "entropy",
+    ):
+        assert name in logs
+    assert logs["mode/short/prob"] + logs["mode/think/prob"] == pytest.approx(1.0)
+
+
+def test_stratified_completions_open_with_their_token_and_keep_their_cap(tmp_path):
+    trainer = build(tmp_path)
+    batch = rollout_batch(trainer)
+    modes = trainer.modes.of(batch["completion_ids"])
+    assert modes.tolist() == [0, 1] * 4
+    lengths = batch["completion_mask"][:, 1:].sum(1)
+    for row, mode in enumerate(modes.tolist()):
+        assert lengths[row] <= trainer.modes[mode].max_tokens
+    assert lengths[modes == 1].max() > trainer.modes[0].max_tokens  # the longer cap is really used
+
+
+def test_weights_add_up_to_their_global_counts(tmp_path):
+    trainer = build(tmp_path, **METHODS["per_mode"])
+    batch = rollout_batch(trainer)
+    weights = batch["weights"]
+    assert weights[:, 1:].sum().item() == pytest.approx(1.0, rel=1e-5)
+    # rho averages to 1 under the plan: control weights add up to alpha times the mean of pi / q.
+    rho = trainer._plan.importance
+    torch.testing.assert_close(weights[:, 0], 0.1 * rho / 8)
+    assert (weights[batch["completion_mask"] == 0] == 0).all()
+
+
+def loss_gradient(trainer: DeGRPOTrainer, batch: dict, splits: list[list[int]]) -> tuple[float, torch.Tensor]:
+    """Loss and gradient of a batch computed in micro-batches."""
+    trainer.model.zero_grad()
+    total = 0.0
+    for rows in splits:
+        part = {k: v[rows] for k, v in batch.items() if isinstance(v, torch.Tensor) and v.dim() > 0}
+        loss = trainer._compute_loss(trainer.model, part)
+        loss.backward()
+        total += loss.item()
+    gradient = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+    return total, gradient.clone()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_any_split_into_micro_batches_gives_the_same_gradient(tmp_path, method):
+    trainer = build(tmp_path, **METHODS[method])
+    batch = rollout_batch(trainer)
+    whole = loss_gradient(trainer, batch, [list(range(8))])
+    assert whole[1].norm() > 0
+    for splits in ([[0], [1, 2, 3, 4, 5, 6], [7]], [[7, 0], [3], [1, 5, 2], [6, 4]]):
+        loss, gradient = loss_gradient(trainer, batch, splits)
+        assert loss == pytest.approx(whole[0], abs=1e-6)
+        torch.testing.assert_close(gradient, whole[1], atol=1e-6, rtol=1e-4)
+
+
+def test_gradient_accumulation_takes_the_same_step(tmp_path):
+    """Two micro-batches of 4 make the step of one of 8, rollouts being equal (same seed, generated before the split)."""
+    common = {"max_grad_norm": 1e9, "optim": "sgd", "lr_scheduler_type": "constant"}
+    whole = build(tmp_path / "a", **common)
+    whole.train()
+    split = build(tmp_path / "b", per_device_train_batch_size=4, gradient_accumulation_steps=2, **common)
+    split.train()
+    torch.testing.assert_close(parameters(split.model), parameters(whole.model), atol=1e-6, rtol=1e-4)
+
+
+def test_rollouts_reused_for_several_steps_are_off_policy_and_clipped(tmp_path):
+    trainer = build(tmp_path, num_iterations=4, max_steps=4, learning_rate=0.05, **METHODS["per_mode"])
+    trainer.train()
+    assert torch.isfinite(parameters(trainer.model)).all()
+    clipped = [row.get("clip_ratio/low", 0) + row.get("clip_ratio/high", 0) for row in trainer.state.log_history]
+    assert clipped[0] == 0  # the first pass is on policy
+    assert max(clipped) > 0
+
+
+def test_reference_policy_has_no_divergence_from_itself(tmp_path):
+    trainer = build(tmp_path, beta=0.1)
+    trainer.train()
+    assert trainer.state.log_history[0]["kl"] == pytest.approx(0.0, abs=1e-6)
+
+
+def failing_judge(fails: set[int]) -> Judge:
+    """A judge whose verifier fails on the calls numbered in `fails`."""
+    from siesta.rewards.score import Unscorable
+
+    judge = tiny_judge()
+    calls = iter(range(10**6))
+
+    def verifier(solution: str, answer: str) -> float:
+        if next(calls) in fails:
+            raise Unscorable("made to fail")
+        return 0.0
+
+    judge.verifiers["exact"] = verifier
+    return judge
+
+
+def test_unscorable_rollouts_weigh_nothing_and_are_counted(tmp_path):
+    trainer = build(tmp_path, failing_judge({0, 5}), **METHODS["per_mode"])
+    batch = rollout_batch(trainer)
+    silent = batch["weights"].sum(1) == 0
+    assert silent.sum() == 2
+    assert batch["weights"][~silent][:, 1:].sum(1).tolist() == pytest.approx([1 / 6] * 6)
+    assert trainer._metrics["train"]["rollout/unscorable"] == [2]
+    assert trainer.reward_function.judge.reasons == {"exact: made to fail": 2}
+
+
+def test_a_batch_without_any_score_takes_a_step_of_zero(tmp_path):
+    trainer = build(tmp_path, failing_judge(set(range(10**4))))
+    batch = rollout_batch(trainer)
+    loss, gradient = loss_gradient(trainer, batch, [list(range(8))])
+    assert loss == 0
+    assert (gradient == 0).all()
+
+
+def test_mode_targets_move_the_mode_policy_and_hold_the_mass(tmp_path):
+    """Short always right, think always wrong: P(short) rises, and the mass on control tokens does not leak."""
+    judge = tiny_judge()
+    judge.verifiers["exact"] = lambda solution, answer: 1.0
+    trainer = build(tmp_path, judge, max_steps=8, learning_rate=3e-3, alpha=1.0)
+    trainer.train()
+    logs = [row for row in trainer.state.log_history if "mode/mass" in row]
+    assert logs[-1]["mode/short/prob"] > logs[0]["mode/short/prob"]
+    assert logs[-1]["mode/mass"] > logs[0]["mode/mass"]
+
+
+def test_nan_is_shown_in_the_log(tmp_path):
+    trainer = build(tmp_path)
+    trainer.model.train()
+    trainer._metrics["train"]["some/metric"] = [1.0, float("nan")]
+    trainer.log({})
+    assert trainer.state.log_history[-1]["some/metric"] != trainer.state.log_history[-1]["some/metric"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"loss_type": "grpo"},
+        {"top_p": 0.9},
+        {"use_liger_kernel": True},
+        {"entropy_coef": 0.1},
+        {"max_completion_length": 100},
+    ],
+)
+def test_settings_without_effect_are_refused(tmp_path, settings):
+    with pytest.raises(RecipeError, match=next(iter(settings))):
+        build(tmp_path, **settings)

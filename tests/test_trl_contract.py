@@ -1,0 +1,66 @@
+"""What DeGRPOTrainer takes for granted about TRL. When one of these fails, TRL has changed: read its release notes,
+mend the override named in the message, then move the pin in pyproject.toml."""
+
+import importlib.metadata
+import inspect
+import re
+
+import pytest
+import torch
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.grpo_trainer import shuffle_sequence_dict, split_tensor_dict
+
+from siesta.rl.config import REFUSED
+from siesta.rl.trainer import DeGRPOTrainer
+
+SEAMS = {
+    "_generate_single_turn": ["prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"],
+    "_generate_and_score_completions": ["inputs"],
+    "_compute_loss": ["model", "inputs"],
+    "log": ["logs", "start_time"],
+}
+
+
+def test_trl_is_the_pinned_version():
+    assert importlib.metadata.version("trl") == "1.16.0"
+
+
+@pytest.mark.parametrize("seam", SEAMS)
+def test_overridden_methods_keep_their_parameters(seam):
+    parameters = list(inspect.signature(getattr(GRPOTrainer, seam)).parameters)[1:]
+    assert parameters == SEAMS[seam], f"DeGRPOTrainer.{seam} overrides a method whose parameters changed"
+    assert seam in vars(DeGRPOTrainer)
+
+
+def test_log_probabilities_are_asked_for_as_we_answer():
+    parameters = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
+    assert parameters[1:6] == ["model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"]
+    source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    unpacked = re.findall(r"(\w+), _, _ = self\._get_per_token_logps_and_entropies\(", source)
+    assert set(unpacked) == {"old_per_token_logps", "ref_per_token_logps"}
+
+
+def test_loss_is_not_divided_again_by_accumulation_steps():
+    """TRL scales its own loss and keeps the Trainer from doing it; our weights hold every denominator."""
+    assert GRPOTrainer.loss_is_scaled_for_ga is True
+
+
+def test_none_log_probability_means_ratio_one():
+    source = inspect.getsource(GRPOTrainer._generate_and_score_completions)
+    assert 'float("nan") if x is None else x' in source
+    assert "torch.nan_to_num(per_token_logps_diff, nan=0.0)" in source
+
+
+def test_batch_entries_are_shuffled_and_split_by_row():
+    """Our weights (B, T) and targets (B, M) must follow their rollouts."""
+    batch = {"rows": torch.arange(6), "weights": torch.arange(6)[:, None].repeat(1, 3), "count": torch.tensor(6)}
+    parts = split_tensor_dict(shuffle_sequence_dict(batch), 3)
+    assert len(parts) == 3
+    for part in parts:
+        assert (part["weights"] == part["rows"][:, None]).all()
+        assert part["count"] == 6
+
+
+def test_refused_settings_exist():
+    names = set(inspect.signature(GRPOConfig).parameters)
+    assert set(REFUSED) <= names
