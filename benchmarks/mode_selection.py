@@ -54,10 +54,10 @@ ARMS: dict[str, tuple[str, list[str]]] = {
 }
 
 # start -> settings of the warm-up that makes it from `warm`: a short supervised phase at lopsided shares.
-LOPSIDED = ["warmup.max_steps=60", "warmup.warmup_steps=0", "warmup.stop={}", "warmup.min_share=0.0"]
+LOPSIDED = ["warmup.max_steps=100", "warmup.warmup_steps=0", "warmup.stop={}", "warmup.min_share=0.0"]
 COLLAPSED = {
-    "all_think": [*LOPSIDED, "warmup.learning_rate=3.0e-4", "warmup.shares={short: 0.01, think: 0.99}"],
-    "all_short": [*LOPSIDED, "warmup.learning_rate=3.0e-4", "warmup.shares={short: 0.99, think: 0.01}"],
+    "all_think": [*LOPSIDED, "warmup.learning_rate=3.0e-4", "warmup.shares={short: 0.005, think: 0.995}"],
+    "all_short": [*LOPSIDED, "warmup.learning_rate=3.0e-4", "warmup.shares={short: 0.995, think: 0.005}"],
 }
 
 
@@ -67,19 +67,19 @@ def settings(name: str, seed: int, out: Path) -> list[str]:
     return [*seeds, f"tracking.output_dir={out}", f"tracking.run={name}-{seed}"]
 
 
-def run_one(name: str, seed: int, extra: list[str], out: Path) -> tuple[str, int]:
-    """Run the recipe with `extra` settings; what it prints goes to a log. Returns the exit code with the name."""
+def run_one(recipe: str, name: str, seed: int, extra: list[str], out: Path) -> tuple[str, int]:
+    """Run a recipe with `extra` settings; what it prints goes to a log. Returns the exit code with the name."""
     import torch
 
     from siesta.rl.train import main
 
     torch.set_num_threads(1)
     with (out / f"{name}-{seed}.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
-        code = main([RECIPE, *settings(name, seed, out), *extra])
+        code = main([recipe, *settings(name, seed, out), *extra])
     return f"{name}-{seed}", code
 
 
-def run_all(jobs: list[tuple[str, int, list[str], Path]], workers: int) -> None:
+def run_all(jobs: list[tuple[str, str, int, list[str], Path]], workers: int) -> None:
     """Run jobs in fresh processes; a job that fails ends the measurement."""
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         for future in [pool.submit(run_one, *job) for job in jobs]:
@@ -98,11 +98,19 @@ def measure(arms: list[str], seeds: list[int], out: Path, workers: int) -> None:
     """Warm-ups, collapsed starts, then the arms."""
     out.mkdir(parents=True, exist_ok=True)
     starts = sorted({ARMS[arm][0] for arm in arms} - {"warm"})
-    run_all([("start_warm", seed, ["rl.enabled=false"], out) for seed in seeds], workers)
+    run_all(
+        [(RECIPE, "start_warm", seed, ["rl.enabled=false", "export.enabled=false"], out) for seed in seeds], workers
+    )
     collapsed = [(f"start_{start}", COLLAPSED[start]) for start in starts]
     run_all(
         [
-            (name, seed, ["rl.enabled=false", f"model.path={start_path('warm', seed, out)}", *extra], out)
+            (
+                RECIPE,
+                name,
+                seed,
+                ["rl.enabled=false", "export.enabled=false", f"model.path={start_path('warm', seed, out)}", *extra],
+                out,
+            )
             for name, extra in collapsed
             for seed in seeds
         ],
@@ -112,7 +120,7 @@ def measure(arms: list[str], seeds: list[int], out: Path, workers: int) -> None:
     fixed += ['rl.save_strategy="no"', "rl.guard.action=warn", "export.enabled=false"]
     run_all(
         [
-            (arm, seed, [f"model.path={start_path(ARMS[arm][0], seed, out)}", *fixed, *ARMS[arm][1]], out)
+            (RECIPE, arm, seed, [f"model.path={start_path(ARMS[arm][0], seed, out)}", *fixed, *ARMS[arm][1]], out)
             for seed in seeds
             for arm in arms
         ],

@@ -19,7 +19,9 @@ def read_run(run: Path) -> dict:
     result = json.loads((run / "evaluation.json").read_text())["after"]
     rows = read_metrics(run, "rl")
     mass = [row["mode/mass"] for row in rows if "mode/mass" in row]
-    return {"result": result, "steps": steps_to_criteria(rows), "mass": mass[-1], "rows": rows}
+    start = next(row for row in rows if "validation/prob/think" in row)
+    numbers = {"start": 100 * start["validation/prob/think"], "steps": steps_to_criteria(rows), "mass": mass[-1]}
+    return {"result": result, "rows": rows} | numbers
 
 
 def reached(row: dict) -> bool:
@@ -55,7 +57,7 @@ def numbers(run: dict, policy: str = "free") -> dict[str, float | None]:
     columns |= {f"prob {level}": 100 * share for level, share in shares(sampled).items()}
     columns |= {"regret": greedy["regret"], "regret sampled": sampled["regret"]}
     if policy == "free":
-        columns |= {"steps": run["steps"], "mass": run["mass"]}
+        columns |= {"start": run["start"], "steps": run["steps"], "mass": run["mass"]}
     return columns
 
 
@@ -75,7 +77,12 @@ DIGITS = {"accuracy": 1, "tokens": 2, "regret": 3, "regret sampled": 3, "steps":
 def table(rows: dict[str, list[dict[str, float | None]]]) -> str:
     """Markdown: one row an arm, one column a number."""
     columns = list(dict.fromkeys(name for seeds in rows.values() for name in seeds[0]))
-    names = {"accuracy": "accuracy %", "regret sampled": "regret, sampled", "steps": "steps to criteria"}
+    names = {
+        "accuracy": "accuracy %",
+        "regret sampled": "regret, sampled",
+        "steps": "steps to criteria",
+        "start": "P(think) % at start",
+    }
     names |= {f"choice {level}": f"think % L{level}" for level in GROUPS}
     names |= {f"prob {level}": f"P(think) % L{level}" for level in GROUPS}
     lines = ["| arm | " + " | ".join(names.get(c, c) for c in columns) + " |", "|" + "---|" * (len(columns) + 1)]
@@ -103,7 +110,7 @@ def draw(runs: dict[str, list[dict]], file: Path) -> None:
                     panel.plot(*series(run["rows"], key), color=colour, lw=1, alpha=0.8, label=label)
         panels[0].set_ylim(-0.04, 1.04)
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4)
+        figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
         figure.supxlabel("optimizer step")
         figure.supylabel("P(think), validation items")
         figure.savefig(file, dpi=140)

@@ -42,9 +42,10 @@ def draw_curves(rows: list[dict], file: Path) -> None:
         accuracy.plot(*series(rows, "validation/accuracy"), color="C0", marker="o", label="validation, free choice")
         accuracy.set(title="accuracy", xlabel="step", ylim=(-0.03, 1.03))
         accuracy.legend(fontsize=7)
-        tokens.plot(*series(rows, "validation/tokens"), color="C0", marker="o")
+        steps, values = series(rows, "validation/tokens")
+        tokens.plot(steps, values, color="C0", marker="o")
         tokens.set(title="tokens per answer, free choice", xlabel="step")
-        tokens.set_ylim(bottom=0)
+        tokens.set_ylim(0, 1.1 * max(values, default=1.0))
         figure.savefig(file, dpi=150)
 
 

@@ -338,7 +338,7 @@ VOCABULARY, LOGIT_OF_MODE = 6, [1, 3, 4]
 
 
 def plans(policy: torch.Tensor, sampling: str, group: int, floor: int) -> list[tuple[list[int], float]]:
-    """Every outcome of a mode plan for one prompt, with its probability: forced modes first, then independent draws."""
+    """Every outcome of a mode plan for one prompt and its probability: forced modes, then independent draws."""
     num_modes = len(policy)
     forced = {"free": 0, "stratified": group // num_modes, "floor": floor}[sampling]
     rest = torch.full_like(policy, 1 / num_modes) if sampling == "stratified" else policy
@@ -357,7 +357,7 @@ def expected_gradient(
     outcomes = plans(policy, sampling, group, floor)
     shares = torch.zeros_like(policy)  # q, as the expected share
     for drawn, chance in outcomes:
-        shares += chance * torch.bincount(torch.tensor(drawn), minlength=len(values)) / group
+        shares += chance * torch.bincount(torch.tensor(drawn), minlength=len(values)).double() / group
     total = torch.zeros_like(logits)
     for drawn, chance in outcomes:
         modes = torch.tensor([drawn])

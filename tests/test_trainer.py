@@ -1,4 +1,4 @@
-"""DeGRPOTrainer against its definition: gradients, micro-batches, forced tokens, caps, unscorable rollouts, baselines."""
+"""DeGRPOTrainer against its definition: gradients, micro-batches, forced tokens, caps, unscorable rollouts."""
 
 from pathlib import Path
 
@@ -140,7 +140,7 @@ def test_any_split_into_micro_batches_gives_the_same_gradient(tmp_path, method):
 
 
 def test_gradient_accumulation_takes_the_same_step(tmp_path):
-    """Two micro-batches of 4 make the step of one of 8, rollouts being equal (same seed, generated before the split)."""
+    """Two micro-batches of 4 make the step of one of 8; the rollouts are equal, made before the split."""
     common = {"max_grad_norm": 1e9, "optim": "sgd", "lr_scheduler_type": "constant"}
     whole = build(tmp_path / "a", **common)
     whole.train()
