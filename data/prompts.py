@@ -4,7 +4,7 @@ Every stage (warm-up, rollout, evaluation, export) gets its prompt ids from `pro
 them directly: control token first. Text that was once tokens is never tokenised again.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from siesta.data.schema import Example
 
@@ -22,11 +22,20 @@ def messages(example: Example, instruction: str = "") -> Messages:
 
 def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: Messages) -> list[int]:
     """Token ids of `prompt` up to the place where the control token goes."""
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
-        "input_ids"
-    ]
+    rendered = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
+    return cast(dict[str, list[int]], rendered)["input_ids"]
 
 
 def response_ids(tokenizer: "PreTrainedTokenizerBase", response: str) -> list[int]:
     """Token ids of a written response, end-of-sequence token included; they follow the control token."""
-    return [*tokenizer.encode(response, add_special_tokens=False), tokenizer.eos_token_id]
+    return [*tokenizer.encode(response, add_special_tokens=False), end_id(tokenizer)]
+
+
+def end_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Id that ends a response."""
+    return cast(int, tokenizer.eos_token_id)
+
+
+def pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Id that fills batches; often the same as `end_id`, so masks come from lengths, never from ids."""
+    return cast(int, tokenizer.pad_token_id)

@@ -81,7 +81,7 @@ def read_rows(path: str, *, name: str | None = None, split: str = "train", revis
     from datasets import load_dataset
 
     try:
-        return list(load_dataset(path, name, split=split, revision=revision))
+        return [dict(row) for row in load_dataset(path, name, split=split, revision=revision)]
     except (OSError, ValueError) as error:  # covers an unknown name, an unknown split and no connection
         raise DataError(f"{path}: not a file, and no data set of this name could be loaded: {_line(error)}") from error
 

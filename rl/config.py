@@ -101,7 +101,7 @@ def check_method(config: DeGRPOConfig, num_modes: int) -> None:
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             raise RecipeError(f"rl.{name}: {getattr(config, name)!r} is not one of {', '.join(allowed)}")
-    group = config.num_generations
+    group = config.num_generations or 0
     target = config.mode_objective == "target"
     if group < num_modes:
         raise RecipeError(

@@ -53,7 +53,6 @@ class Context:
 
     @cached_property
     def judge(self) -> Judge:
-        settings = self.recipe.rl.trainer_fields()
         names = {example.verifier for example in self.examples("test", self.recipe.evaluate.items)}
         names |= {example.verifier for example in self.examples("validation", self.recipe.warmup.check_items)}
         names |= {example.verifier for example in self.train_examples}
@@ -61,8 +60,8 @@ class Context:
             self.tokenizer,
             self.modes,
             names,
-            price_per_token=settings.get("price_per_token", 0.0),
-            verifier_timeout=settings.get("verifier_timeout", 10.0),
+            price_per_token=self.recipe.rl.setting("price_per_token"),
+            verifier_timeout=self.recipe.rl.setting("verifier_timeout"),
         )
 
     @property
@@ -73,7 +72,7 @@ class Context:
     @property
     def temperature(self) -> float:
         """Of rollouts, and so of the policy that is measured."""
-        return self.recipe.rl.trainer_fields().get("temperature", 1.0)
+        return self.recipe.rl.setting("temperature")
 
     def examples(self, split: Split, size: int) -> list[Example]:
         """At most `size` examples of a split."""

@@ -5,8 +5,9 @@ code as a downloaded model: control tokens are added to it, its chat template is
 """
 
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast, set_seed
 
+from siesta.data.prompts import end_id, pad_id
 from siesta.data.tasks import calc, hop
 
 # The question mark closes every prompt: the position from which the mode is chosen.
@@ -34,7 +35,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_model(
-    tokenizer: PreTrainedTokenizerFast, *, seed: int, layers: int, hidden_size: int, heads: int, init: float
+    tokenizer: PreTrainedTokenizerBase, *, seed: int, layers: int, hidden_size: int, heads: int, init: float
 ) -> LlamaForCausalLM:
     """Randomly initialised Llama with tied embeddings. 3 layers of 128 make 0.67M parameters."""
     set_seed(seed)
@@ -49,8 +50,8 @@ def build_model(
             max_position_embeddings=256,
             tie_word_embeddings=True,
             initializer_range=init,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=pad_id(tokenizer),
+            eos_token_id=end_id(tokenizer),
             bos_token_id=None,
         )
     )

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from siesta.data.prompts import messages, prompt_ids
+from siesta.data.prompts import end_id, messages, pad_id, prompt_ids
 from siesta.data.schema import Example
 from siesta.rl.generation import complete, mode_policy
 from siesta.rl.judge import Judge
@@ -36,19 +36,19 @@ def measure(
     """
     tokenizer, modes = judge.tokenizer, judge.modes
     prompts = [prompt_ids(tokenizer, messages(example, instruction)) for example in examples]
-    settings = {"batch_size": batch_size, "pad_id": tokenizer.pad_token_id}
+    settings = {"batch_size": batch_size, "pad_id": pad_id(tokenizer)}
     log_policy, mass = mode_policy(model, prompts, modes, temperature=temperature, device=model.device, **settings)
 
     def judged(mode: Mode, repeats: int, heat: float | None) -> dict[str, np.ndarray]:
         rows = [prompt for prompt in prompts for _ in range(repeats)]
         items = [example for example in examples for _ in range(repeats)]
-        responses = complete(model, rows, mode, temperature=heat, eos_id=tokenizer.eos_token_id, **settings)
+        responses = complete(model, rows, mode, temperature=heat, eos_id=end_id(tokenizer), **settings)
         scores = judge.score(mode, responses, [x.verifier for x in items], [x.answer for x in items])
         tokens = [len(response) for response in responses]
         rewards = [
             np.nan if score is None else judge.reward(mode, score, n) for score, n in zip(scores, tokens, strict=True)
         ]
-        cut = [response[-1] != tokenizer.eos_token_id for response in responses]
+        cut = [response[-1] != end_id(tokenizer) for response in responses]
         columns = {"scores": scores, "tokens": tokens, "rewards": rewards, "truncated": cut}
         return {name: np.array(column, dtype=float).reshape(-1, repeats) for name, column in columns.items()}
 

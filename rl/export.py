@@ -10,11 +10,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
 from transformers import GenerationConfig
 
 from siesta.data.errors import ModelError, UserError
+from siesta.data.prompts import end_id, pad_id
 from siesta.rl.models import load_model, load_tokenizer, save_model
+from siesta.rl.recipe import Recipe, dump_recipe, load_recipe
 
 PACKAGES = ("siesta-rl", "torch", "transformers", "trl", "accelerate", "peft")
 
@@ -39,16 +40,16 @@ def export_checkpoint(checkpoint: Path, out: Path, *, run: Path, dtype: str | No
     Raises:
         ModelError: There is no model in `checkpoint`.
     """
-    recipe = yaml.safe_load((run / "recipe.yaml").read_text(encoding="utf-8"))
-    model = load_model(checkpoint, dtype=dtype or recipe["model"]["dtype"])
+    recipe = load_recipe(run / "recipe.yaml")
+    model = load_model(checkpoint, dtype=dtype or recipe.model.dtype)
     tokenizer = load_tokenizer(run / "model")
     model.generation_config = GenerationConfig(
         do_sample=True,
-        temperature=recipe["rl"].get("temperature", 1.0),
+        temperature=recipe.rl.setting("temperature"),
         top_k=0,
-        max_new_tokens=1 + max(mode["max_tokens"] for mode in recipe["modes"].values()),
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        max_new_tokens=1 + max(mode.max_tokens for mode in recipe.modes.values()),
+        eos_token_id=end_id(tokenizer),
+        pad_token_id=pad_id(tokenizer),
     )
     save_model(model, tokenizer, out)
     evaluation = run / "evaluation.json"
@@ -56,15 +57,14 @@ def export_checkpoint(checkpoint: Path, out: Path, *, run: Path, dtype: str | No
     (out / "README.md").write_text(model_card(recipe, checkpoint, results), encoding="utf-8")
 
 
-def model_card(recipe: dict, checkpoint: Path, results: dict | None) -> str:
+def model_card(recipe: Recipe, checkpoint: Path, results: dict | None) -> str:
     """What was trained, how, with which versions, and what it scored."""
-    run = recipe["tracking"]["run"]
-    base = recipe["model"]["path"] or "an embedded model, built from scratch"
-    tokens = ", ".join(f"`{mode['token']}` ({name})" for name, mode in recipe["modes"].items())
+    base = recipe.model.path or "an embedded model, built from scratch"
+    tokens = ", ".join(f"`{mode.token}` ({name})" for name, mode in recipe.modes.items())
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     parts = [
         "---\nlibrary_name: transformers\ntags: [siesta, degrpo, grpo]\n---",
-        f"# {run}",
+        f"# {recipe.tracking.run}",
         f"Trained with siesta from {base}; this is `{checkpoint.name}` of the run. The first token of every answer is "
         f"a control token that names its mode: {tokens}. The chat template ends right before it.",
     ]
@@ -79,7 +79,7 @@ def model_card(recipe: dict, checkpoint: Path, results: dict | None) -> str:
         "## Versions",
         versions,
         "## Recipe",
-        "```yaml\n" + yaml.safe_dump(recipe, sort_keys=False) + "```",
+        "```yaml\n" + dump_recipe(recipe) + "```",
     ]
     return "\n\n".join(parts) + "\n"
 

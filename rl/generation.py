@@ -6,6 +6,7 @@ many tokenizers pad with their end-of-sequence token.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -83,7 +84,9 @@ def complete(
         for batch in by_length(prompts, batch_size):
             ids, mask = left_pad([[*prompts[i], mode.token_id] for i in batch], pad_id)
             ids, mask = ids.to(model.device), mask.to(model.device)
-            output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+            output = cast(
+                torch.Tensor, cast(Any, model).generate(input_ids=ids, attention_mask=mask, generation_config=config)
+            )
             for i, row in zip(batch, output[:, ids.shape[1] :].tolist(), strict=True):
                 responses[i] = cut_after_eos(row, [eos_id])
     return responses

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from siesta.data.errors import DataError
+from siesta.data.prompts import end_id
 from siesta.rewards.reward import RewardTable, mode_reward, score_solutions
 from siesta.rewards.score import Verifier
 from siesta.rewards.verifiers import build_verifier, solution_part
@@ -109,7 +110,7 @@ class RewardFunction:
             None if score is None else self.judge.reward(mode, score, len(response))
             for mode, score, response in zip(modes, scores, responses, strict=True)
         ]
-        end = self.judge.tokenizer.eos_token_id
+        end = end_id(self.judge.tokenizer)
         self.outcomes = torch.tensor(
             [
                 [_or_nan(reward), _or_nan(score), len(response), float(not response or response[-1] != end)]

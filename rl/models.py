@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import cast
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -73,7 +74,8 @@ def load_model(folder: Path, *, device: str | torch.device = "cpu", dtype: str =
         return merge_adapter(folder, dtype=dtype).to(device)  # pyright: ignore[reportArgumentType]
     if not (folder / "config.json").exists():
         raise ModelError(f"{folder}: no model in this folder (config.json is missing)")
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).to(device)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    return cast(torch.nn.Module, model).to(device)  # pyright: ignore[reportReturnType]
 
 
 def merge_adapter(folder: Path, *, dtype: str) -> PreTrainedModel:

@@ -10,10 +10,10 @@ for reward functions. The chat template is cut so that generation starts right a
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.tokenization_utils_base import AddedToken
+from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
 from siesta.data.errors import ModelError
 from siesta.data.prompts import Messages, prompt_ids
@@ -113,11 +113,12 @@ def grow_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         return
     ids = [tokenizer.get_vocab()[token] for token in added]
     first_new = min(ids)
-    if len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+    if len(tokenizer) > cast(torch.Tensor, model.get_input_embeddings().weight).shape[0]:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     with torch.no_grad():
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
-            layer.weight[ids] = layer.weight[:first_new].mean(dim=0)
+            weight = cast(torch.Tensor, cast(torch.nn.Module, layer).weight)
+            weight[ids] = weight[:first_new].mean(dim=0)
 
 
 def cut_generation_prompt(template: str, tokens: Sequence[str]) -> str:
@@ -135,9 +136,19 @@ def cut_generation_prompt(template: str, tokens: Sequence[str]) -> str:
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[str]:
-    """Add missing control tokens and cut the chat template; return the added tokens."""
-    if tokenizer.chat_template is None:
-        raise ModelError("model: the tokenizer has no chat template; point model.chat_template at a Jinja file")
+    """Add missing control tokens and cut the chat template; return the added tokens.
+
+    A tokenizer without a padding token pads with its end-of-sequence token.
+
+    Raises:
+        ModelError: There is no chat template, or no end-of-sequence token.
+    """
+    if not isinstance(tokenizer.chat_template, str):
+        raise ModelError("model: the tokenizer has no single chat template; point model.chat_template at a Jinja file")
+    if tokenizer.eos_token is None:
+        raise ModelError("model: the tokenizer has no end-of-sequence token, so a response could not end")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     added = add_control_tokens(tokenizer, tokens)
     tokenizer.chat_template = cut_generation_prompt(tokenizer.chat_template, tokens)
     return added

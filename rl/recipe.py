@@ -41,10 +41,10 @@ class Section(BaseModel):
 class Embedded(Section):
     """Size of the model that is built on the spot."""
 
-    layers: int = Field(3, ge=1)
-    hidden_size: int = Field(128, ge=8)
-    heads: int = Field(4, ge=1)
-    init: float = Field(0.05, gt=0)
+    layers: int = Field(default=3, ge=1)
+    hidden_size: int = Field(default=128, ge=8)
+    heads: int = Field(default=4, ge=1)
+    init: float = Field(default=0.05, gt=0)
 
 
 class ModelSection(Section):
@@ -67,7 +67,7 @@ class ModeSection(Section):
     correct: float = 1.0
     wrong: float = -1.0
     answer_after: str | None = None
-    prior: float = Field(1.0, gt=0)
+    prior: float = Field(default=1.0, gt=0)
 
 
 class Source(Section):
@@ -90,8 +90,8 @@ class DataSection(Section):
     columns: dict[str, str] = {}
     verifier: str = "exact"
     instruction: str = ""
-    train_size: int = Field(20_000, ge=1)
-    max_prompt_tokens: int = Field(512, ge=1)
+    train_size: int = Field(default=20_000, ge=1)
+    max_prompt_tokens: int = Field(default=512, ge=1)
     seed: int = 0
 
     @model_validator(mode="after")
@@ -119,20 +119,20 @@ class WarmupSection(TrainerSection):
     enabled: bool = True
     pairing: Literal["paired", "cross"] = "cross"
     shares: dict[str, float] | None = None
-    check_every: int = Field(100, ge=1)
-    check_items: int = Field(160, ge=1)
+    check_every: int = Field(default=100, ge=1)
+    check_items: int = Field(default=160, ge=1)
     stop: dict[str, float] = {}
-    min_mass: float = Field(0.95, ge=0, le=1)
-    min_share: float = Field(0.02, ge=0, le=1)
+    min_mass: float = Field(default=0.95, ge=0, le=1)
+    min_share: float = Field(default=0.02, ge=0, le=1)
 
 
 class GuardSection(Section):
     """When the mode policy counts as collapsed, and what happens then."""
 
-    min_share: float = Field(0.01, ge=0, le=1)
-    max_share: float = Field(0.99, ge=0, le=1)
-    min_entropy: float = Field(0.05, ge=0)
-    window: int = Field(20, ge=1)
+    min_share: float = Field(default=0.01, ge=0, le=1)
+    max_share: float = Field(default=0.99, ge=0, le=1)
+    min_entropy: float = Field(default=0.05, ge=0)
+    window: int = Field(default=20, ge=1)
     action: Literal["warn", "save", "stop"] = "save"
 
 
@@ -142,17 +142,21 @@ class RLSection(TrainerSection):
     enabled: bool = True
     guard: GuardSection = GuardSection()
 
+    def setting(self, name: str) -> Any:
+        """Value of a DeGRPOConfig field: the recipe's, or the config's default."""
+        return self.trainer_fields().get(name, DeGRPOConfig.__dataclass_fields__[name].default)
+
 
 class EvaluateSection(Section):
     """How the policies are measured."""
 
-    items: int = Field(400, ge=1)
-    samples: int = Field(8, ge=1)
-    batch_size: int = Field(256, ge=1)
-    resamples: int = Field(1000, ge=1)
-    every: int = Field(0, ge=0, description="Validate during RL every so many steps; 0: never.")
-    every_items: int = Field(160, ge=1)
-    every_samples: int = Field(4, ge=1)
+    items: int = Field(default=400, ge=1)
+    samples: int = Field(default=8, ge=1)
+    batch_size: int = Field(default=256, ge=1)
+    resamples: int = Field(default=1000, ge=1)
+    every: int = Field(default=0, ge=0, description="Validate during RL every so many steps; 0: never.")
+    every_items: int = Field(default=160, ge=1)
+    every_samples: int = Field(default=4, ge=1)
     seed: int = 0
 
 
@@ -170,7 +174,7 @@ class TrackingSection(Section):
     run: str | None = None
     report_to: list[Literal["wandb", "tensorboard", "trackio"]] = []
     project: str = "siesta"
-    samples: int = Field(4, ge=0, description="Rollouts written to samples.jsonl at every log.")
+    samples: int = Field(default=4, ge=0, description="Rollouts written to samples.jsonl at every log.")
 
 
 class Recipe(Section):
@@ -263,6 +267,8 @@ def check_modes(file: Path, recipe: Recipe) -> None:
     tokens = [mode.token for mode in recipe.modes.values()]
     if len(set(tokens)) < len(tokens):
         raise RecipeError(f"{file}: modes: two modes share a control token")
+    if recipe.warmup.shares and recipe.warmup.pairing == "paired":
+        raise RecipeError(f"{file}: warmup.shares: paired rows show every mode equally; use pairing: cross")
     named = {"warmup.shares": recipe.warmup.shares or {}, "warmup.stop": recipe.warmup.stop}
     for section, keys in named.items():
         for key in keys:

@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from typing import Any, cast
 
 from datasets import Dataset
 from transformers import PrinterCallback, Trainer
@@ -75,7 +76,7 @@ def warmup_stage(context: Context) -> None:
     if section.enabled:
         trainer = warmup_trainer(context, validation)
         check_first_batch(context, trainer)
-        trainer.train()
+        train(context, trainer, "warmup")
         save_trained(context, trainer, "warmup")
     if main_process():
         model = load_model(context.start, device=default_device())
@@ -120,7 +121,7 @@ def warmup_trainer(context: Context, validation) -> SFTTrainer:
 def check_first_batch(context: Context, trainer: SFTTrainer) -> None:
     """Prove on a real batch of the warm-up that the ids before the loss are those of data/prompts.py."""
     count = min(CHECKED_PROMPTS, len(context.train_examples))
-    rows = [trainer.train_dataset[i] for i in range(count)]
+    rows = [cast(Dataset, trainer.train_dataset)[i] for i in range(count)]
     batch = trainer.data_collator(rows)
     found = []
     for ids, labels, row in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), rows, strict=True):
@@ -130,6 +131,12 @@ def check_first_batch(context: Context, trainer: SFTTrainer) -> None:
     shown = len(context.modes) if context.recipe.warmup.pairing == "paired" else 1
     expected = [ids for ids in context.prompts(context.train_examples[:count]) for _ in range(shown)][:count]
     check_stage_ids("warm-up", expected, found)
+
+
+def train(context: Context, trainer: Trainer, stage: str) -> None:
+    """Train, from the stage's last checkpoint if there is one."""
+    folder = context.path / stage
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
 
 
 def save_trained(context: Context, trainer: Trainer, stage: str) -> None:
@@ -191,8 +198,7 @@ def rl_stage(context: Context) -> None:
     watch(context, trainer, "rl", columns | {"mode/mass": "mass", "validation/regret": "validation regret"})
     take = partial(trainer.reward_function.samples, recipe.tracking.samples)
     trainer.add_callback(SampleFile(context.path / "samples.jsonl", take, "wandb" in recipe.tracking.report_to))
-    folder = context.path / "rl"
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
+    train(context, trainer, "rl")
     save_trained(context, trainer, "rl")
     if guard.fired_at is not None and recipe.rl.guard.action == "stop":
         raise GuardStop(f"collapse guard stopped the run at step {guard.fired_at}: {guard.reason}")
@@ -200,10 +206,10 @@ def rl_stage(context: Context) -> None:
 
 def validate(context: Context, trainer: DeGRPOTrainer, examples) -> dict[str, float]:
     """Numbers of the free policy on validation items; sharded weights are gathered on every rank first."""
-    with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
+    with unwrap_model_for_generation(cast(Any, trainer.model_wrapped), trainer.accelerator) as model:
         values = {}
         if main_process():
-            measured = context.measure(model, examples, samples=context.recipe.evaluate.every_samples)
+            measured = context.measure(cast(Any, model), examples, samples=context.recipe.evaluate.every_samples)
             values = validation_numbers(policies.table(measured, resamples=1, seed=0))
     trainer.accelerator.wait_for_everyone()
     return values

@@ -11,10 +11,12 @@ What is overridden, and why (tests/test_trl_contract.py holds TRL to it):
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from trl import GRPOTrainer
 
+from siesta.data.prompts import pad_id
 from siesta.rl.advantages import Credit, Rollouts, assign_credit, kl_weights, token_weights
 from siesta.rl.config import DeGRPOConfig, check_method
 from siesta.rl.generation import mode_policy
@@ -47,6 +49,7 @@ class DeGRPOTrainer(GRPOTrainer):
             model=model, reward_funcs=[self.reward_function], args=args, processing_class=judge.tokenizer, **kwargs
         )
         self.method = args
+        self.group = cast(int, args.num_generations)
 
     # ---- rollouts ----------------------------------------------------------------------------------------------
 
@@ -55,23 +58,23 @@ class DeGRPOTrainer(GRPOTrainer):
         unique = [list(ids) for ids in dict.fromkeys(map(tuple, prompt_ids))]
         row = {tuple(ids): i for i, ids in enumerate(unique)}
         # Every rank runs as many batches as the one with the most prompts: a forward pass can be a collective.
-        most = self.accelerator.gather(torch.tensor([len(unique)], device=self.accelerator.device)).max().item()
-        unique += [unique[0]] * (int(most) - len(unique))
+        most = int(self._gathered(torch.tensor([len(unique)])).max())
+        unique += [unique[0]] * (most - len(unique))
         log_policy, mass = mode_policy(
-            self.model_wrapped,
+            cast(torch.nn.Module, self.model_wrapped),
             unique,
             self.modes,
             temperature=self.temperature,
             batch_size=self.args.per_device_train_batch_size,
-            pad_id=self._tokenizer.pad_token_id,
+            pad_id=pad_id(self._tokenizer),
             device=self.accelerator.device,
         )
         rows = [row[tuple(ids)] for ids in prompt_ids]
         first = self.accelerator.process_index * len(prompt_ids)
         modes, sampled = draw_modes(
             log_policy[rows].exp(),
-            (torch.arange(len(prompt_ids)) + first) % self.num_generations,
-            group=self.num_generations,
+            (torch.arange(len(prompt_ids)) + first) % self.group,
+            group=self.group,
             sampling=self.method.mode_sampling,
             floor=annealed_floor(self.method.mode_floor, self.state.global_step, self.method.mode_floor_steps),
         )
@@ -126,20 +129,28 @@ class DeGRPOTrainer(GRPOTrainer):
         plan = self._plan
         own = torch.stack([plan.modes.float(), plan.importance, plan.mass], dim=1)
         local = torch.cat([self.reward_function.outcomes, own, plan.mode_probs], dim=1)
-        columns = self.accelerator.gather(local.to(self.accelerator.device)).cpu()
-        rollouts = Rollouts.from_columns(columns, self.num_generations)
+        rollouts = Rollouts.from_columns(self._gathered(local), self.group)
         given = assign_credit(rollouts, self.method, prior=[mode.prior for mode in self.modes], tau=self._tau())
         first = self.accelerator.process_index * len(inputs)
         self._add_weights(batch, rollouts, given, slice(first, first + len(inputs)))
         for name, value in rollout_metrics(self.modes.names, rollouts, given).items():
-            self._metrics["train" if self.model.training else "eval"][name].append(value)
+            self._current_metrics[name].append(value)
         return batch
+
+    def _gathered(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows of all ranks, in rank order, on the CPU."""
+        return cast(torch.Tensor, self.accelerator.gather(rows.to(self.accelerator.device))).cpu()
+
+    @property
+    def _current_metrics(self) -> dict[str, list[float]]:
+        """Where TRL collects numbers until the next log."""
+        return self._metrics["train" if cast(torch.nn.Module, self.model).training else "eval"]
 
     def _add_weights(self, batch: dict, rollouts: Rollouts, given: Credit, own: slice) -> None:
         """Put this rank's advantages and weights, (B, T) each, and mode targets, (B, M), into the batch."""
         mask = batch["completion_mask"]
         # N: rollouts of one optimizer step. A generation batch feeds steps_per_generation micro-batches.
-        steps = self.args.steps_per_generation / self.args.gradient_accumulation_steps
+        steps = cast(int, self.method.steps_per_generation) / self.args.gradient_accumulation_steps
         num_rollouts = rollouts.scorable.sum().item() / steps
         scorable = rollouts.scorable[own].to(mask.device)
         control = (
@@ -198,17 +209,17 @@ class DeGRPOTrainer(GRPOTrainer):
         low = (ratio < 1 - self.epsilon_low) & (advantages < 0)
         high = (ratio > 1 + self.epsilon_high) & (advantages > 0)
         sums = torch.stack([mask.sum(), *((x * mask).sum() for x in (entropies[:, 1:], low, high)), kl])
-        count, *totals, kl = self.accelerator.reduce(sums, reduction="sum").tolist()
-        metrics = self._metrics["train" if self.model.training else "eval"]
+        count, *totals, divergence = cast(torch.Tensor, self.accelerator.reduce(sums, reduction="sum")).tolist()
+        metrics = self._current_metrics
         for name, total in zip(("entropy", "clip_ratio/low", "clip_ratio/high"), totals, strict=True):
             metrics[name].append(total / max(count, 1.0))
         if self.beta != 0.0:
             # The micro-batches of an optimizer step add up to its KL; the log averages over them.
-            metrics["kl"].append(kl * self.args.gradient_accumulation_steps)
+            metrics["kl"].append(divergence * self.args.gradient_accumulation_steps)
 
     def log(self, logs, start_time=None):
         """Average the step's metrics. TRL leaves NaN out of these means; here a NaN shows."""
-        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics = self._current_metrics
         logs.update({name: sum(values) / len(values) for name, values in metrics.items() if values})
         metrics.clear()
         super().log(logs, start_time)

@@ -133,6 +133,14 @@ def test_training_goes_on_from_the_last_checkpoint(run, tmp_path):
         assert torch.equal(weight, resumed[name]), name
 
 
+def test_validating_more_often_does_not_change_the_training(run, tmp_path):
+    assert main(arguments(tmp_path, "evaluate.every=1", "evaluate.every_samples=3")) == 0
+    quiet = AutoModelForCausalLM.from_pretrained(run / "rl").state_dict()
+    watched = AutoModelForCausalLM.from_pretrained(tmp_path / "smoke" / "rl").state_dict()
+    for name, weight in quiet.items():
+        assert torch.equal(weight, watched[name]), name
+
+
 def test_lora_is_merged_in_the_export(tmp_path):
     lora = "model.lora={r: 4, lora_alpha: 8, target_modules: [q_proj, v_proj]}"
     assert main(arguments(tmp_path, lora)) == 0
