@@ -11,6 +11,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from siesta.rl.recipe import GuardSection
+from siesta.rl.run import write_atomically
 from siesta.rl.trainer import DeGRPOTrainer
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,14 @@ class MetricsFile(TrainerCallback):
 
     def __init__(self, file: Path, stage: str):
         self.file, self.stage = file, stage
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Drop the rows that an interrupted attempt left beyond the step from which training goes on."""
+        if state.is_world_process_zero and self.file.exists():
+            rows = [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines()]
+            done = state.global_step or -1  # a training that starts anew logs its step 0 again
+            kept = [row for row in rows if row["stage"] != self.stage or row["step"] <= done]
+            write_atomically(self.file, "".join(json.dumps(row) + "\n" for row in kept))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:

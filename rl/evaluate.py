@@ -31,8 +31,7 @@ def measure(
 ) -> Measurement:
     """Answer every example in every mode, once greedily and `samples` times at `temperature`.
 
-    A rollout whose verifier failed is left out of its item's mean; an item without any scorable rollout in a mode is
-    an error of the data, so its NaN is left to show.
+    A rollout whose verifier failed is left out of its item's mean; without any scorable rollout the mean is NaN.
     """
     tokenizer, modes = judge.tokenizer, judge.modes
     prompts = [prompt_ids(tokenizer, messages(example, instruction)) for example in examples]

@@ -66,8 +66,9 @@ def mode_target_loss(control_logps: torch.Tensor, targets: torch.Tensor, weights
 
     Args:
         control_logps: log p(control token m given x_i), shape (B, M).
-        targets: pi*(m given x_i), shape (B, M); rows of weight 0 may hold anything.
+        targets: pi*(m given x_i), shape (B, M); rows of weight 0 may hold anything, in `control_logps` too.
         weights: u_i, shape (B,).
     """
-    cross_entropy = -(torch.where(weights[:, None] > 0, targets, 0.0) * control_logps).sum(dim=1)
+    counted = weights[:, None] > 0
+    cross_entropy = -(torch.where(counted, targets, 0.0) * torch.where(counted, control_logps, 0.0)).sum(dim=1)
     return (weights * cross_entropy).sum()

@@ -6,9 +6,11 @@ differences between policies, not between samples. Pure numpy; I items, M modes.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
+
+from siesta.data.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,25 @@ def summarise(measured: Measurement, choice: np.ndarray, *, greedy: bool, resamp
     return row
 
 
+def scorable_items(measured: Measurement) -> Measurement:
+    """Without the items that have no scorable rollout in some mode: no policy can be priced on them."""
+    usable = ~(np.isnan(measured.greedy_scores) | np.isnan(measured.sampled_rewards)).any(axis=1)
+    arrays = {f.name: getattr(measured, f.name) for f in fields(measured)}
+    return replace(measured, **{k: v[usable] for k, v in arrays.items() if isinstance(v, np.ndarray)})
+
+
 def table(measured: Measurement, *, resamples: int, seed: int) -> dict:
-    """Every policy, decoded greedily and sampled."""
-    result: dict = {"items": len(measured.levels), "mode_mass": float(measured.mass.mean())}
+    """Every policy, decoded greedily and sampled. `dropped_items` had no scorable rollout in some mode.
+
+    Raises:
+        DataError: No item is left.
+    """
+    asked = len(measured.levels)
+    measured = scorable_items(measured)
+    if not len(measured.levels):
+        raise DataError("evaluation: the verifier failed on every item; see the reasons it gives for one of them")
+    result: dict = {"items": len(measured.levels), "dropped_items": asked - len(measured.levels)}
+    result["mode_mass"] = float(measured.mass.mean())
     result["truncated"] = dict(zip(measured.modes, measured.truncated.mean(0).tolist(), strict=True))
     result["unscorable"] = measured.unscorable
     for decoding in ("greedy", "sampled"):

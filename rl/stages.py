@@ -188,14 +188,14 @@ def rl_stage(context: Context) -> None:
     sample = context.train_examples[:CHECKED_PROMPTS]
     found, _, _ = trainer._tokenize_prompts([messages(example, recipe.data.instruction) for example in sample])
     check_stage_ids("rollout", context.prompts(sample), found)
+    shares = {f"mode/{name}/prob": f"P({name})" for name in context.modes.names}
+    columns = {"rollout/reward": "reward", "rollout/accuracy": "accuracy", "rollout/tokens": "tokens", **shares}
+    watch(context, trainer, "rl", columns | {"mode/mass": "mass", "validation/regret": "validation regret"})
     if recipe.evaluate.every:
         validation = context.examples("validation", recipe.evaluate.every_items)
         trainer.add_callback(
             Validation(trainer, recipe.evaluate.every, lambda: validate(context, trainer, validation))
         )
-    shares = {f"mode/{name}/prob": f"P({name})" for name in context.modes.names}
-    columns = {"rollout/reward": "reward", "rollout/accuracy": "accuracy", "rollout/tokens": "tokens", **shares}
-    watch(context, trainer, "rl", columns | {"mode/mass": "mass", "validation/regret": "validation regret"})
     take = partial(trainer.reward_function.samples, recipe.tracking.samples)
     trainer.add_callback(SampleFile(context.path / "samples.jsonl", take, "wandb" in recipe.tracking.report_to))
     train(context, trainer, "rl")

@@ -131,6 +131,12 @@ def test_training_goes_on_from_the_last_checkpoint(run, tmp_path):
     resumed = AutoModelForCausalLM.from_pretrained(copy / "rl").state_dict()
     for name, weight in undisturbed.items():
         assert torch.equal(weight, resumed[name]), name
+    assert logged_steps(copy) == logged_steps(run)
+
+
+def logged_steps(run: Path) -> list[tuple[str, int]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(row["stage"], row["step"]) for row in rows if "train_runtime" not in row]
 
 
 def test_validating_more_often_does_not_change_the_training(run, tmp_path):

@@ -241,6 +241,15 @@ def test_gradient_under_reuse_agrees_with_finite_differences() -> None:
     )
 
 
+def test_gradient_is_zero_where_the_clip_binds_however_far() -> None:
+    """exp overflows float32 at 88.7; what is clipped away must not come back as 0 * inf."""
+    new = torch.tensor([[-0.1, -0.5]], requires_grad=True)
+    old = torch.tensor([[-95.0, -0.5]])
+    loss = policy_loss(new, old, torch.ones(1, 2), torch.full((1, 2), 0.5), **CLIP)
+    assert loss.item() == pytest.approx(-0.5 * 1.3 - 0.5)
+    assert gradient(loss, new).tolist() == [[0.0, -0.5]]
+
+
 def test_first_pass_on_policy_is_reinforce() -> None:
     """old = new without gradient: value -sum w A, gradient -w A (the trainer's case of one step per generation)."""
     batch = random_batch(6)

@@ -106,7 +106,7 @@ def test_groups_without_signal(found: dict[str, float]) -> None:
     ],
 )
 def test_signal_of_a_group(group: list, signal: bool) -> None:
-    rollouts = make_rollouts(rewards=tensor(group + [1, 0, 0, 0] + [0, 1, 0, 0]))
+    rollouts = make_rollouts(rewards=tensor([*group, 1, 0, 0, 0, 0, 1, 0, 0]))
     found = rollout_metrics(NAMES, rollouts, make_credit())
     assert found["rollout/groups_without_signal"] == pytest.approx(0.0 if signal else 1 / 3)
 

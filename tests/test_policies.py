@@ -4,6 +4,8 @@ Items 1 and 2 are of level 1, items 3 and 4 of level 2. Greedy, the model choose
 oracle chooses by reward: short, think, think, think.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -91,7 +93,7 @@ def test_totals_of_the_table(measured: Measurement) -> None:
 
 
 def test_levels_average_to_the_whole(measured: Measurement) -> None:
-    uneven = measured.__class__(**{**vars(measured), "levels": np.array([3, 1, 3, 3])})
+    uneven = replace(measured, levels=np.array([3, 1, 3, 3]))
     row = summarise(uneven, uneven.mode_probs, greedy=False, **BOOTSTRAP)
     assert list(row["levels"]) == [1, 3]
     assert [part["items"] for part in row["levels"].values()] == [1, 3]

@@ -61,8 +61,8 @@ def test_floor_guarantees_k_of_each_mode(group: int, floor: int) -> None:
     counts = counts_of(modes, 2)
     assert (counts[:, 1] == floor).all()  # the policy never draws it: the floor is all there is
     assert (counts[:, 0] == group - floor).all()
-    expected = torch.where(modes == 0, (group - floor) / group, floor / group).double()
-    assert_same(sampled, expected)
+    shares = torch.tensor([(group - floor) / group, floor / group], dtype=torch.float64)
+    assert_same(sampled, shares[modes])
 
 
 def test_floor_draws_the_rest_from_the_policy() -> None:
@@ -165,7 +165,7 @@ def test_a_group_spread_over_ranks_gets_the_same_forced_modes(rows_per_rank: int
     whole, sampled = draw([0.99, 0.01], 2, group, sampling, floor, seed=7)
     forced = 2 * forced_per_mode(sampling, group, 2, floor)
     assert spread[:, :forced].tolist() == whole[:, :forced].tolist() == [[0, 1] * (forced // 2)] * 2
-    q = {mode: share for mode, share in zip(whole.flatten().tolist(), sampled.flatten().tolist(), strict=True)}
+    q = dict(zip(whole.flatten().tolist(), sampled.flatten().tolist(), strict=True))
     for modes, shares in parts:
         assert [q[mode] for mode in modes.tolist()] == shares.tolist()
 

@@ -1,0 +1,222 @@
+"""What watches a training, on synthetic logs."""
+
+import json
+import logging
+import math
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from siesta.rl.callbacks import CollapseGuard, MetricsFile, SampleFile, ScreenLine, Validation
+from siesta.rl.recipe import GuardSection
+
+ARGS: Any = TrainingArguments
+NAN = float("nan")
+
+
+def state(step: int = 1, *, main: bool = True) -> TrainerState:
+    return TrainerState(global_step=step, max_steps=100, is_world_process_zero=main)
+
+
+def log(think: float, entropy: float | None = None) -> dict[str, float]:
+    """The guard's view of one log: P(think), and the entropy of the mean policy that goes with it."""
+    shares = (1 - think, think)
+    own = -sum(p * math.log(p) for p in shares if p > 0) if entropy is None else entropy
+    return {"mode/short/prob": shares[0], "mode/think/prob": think, "mode/entropy_mean_policy": own, "loss": 0.1}
+
+
+def guard(window: int = 3, **settings: Any) -> CollapseGuard:
+    return CollapseGuard(GuardSection(window=window, **settings), ["short", "think"])
+
+
+def feed(own: CollapseGuard, logs: list[dict[str, float]]) -> TrainerControl:
+    control = TrainerControl()
+    for step, entry in enumerate(logs, start=1):
+        own.on_log(ARGS, state(step), control, logs=entry)
+    return control
+
+
+# ---- collapse guard ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [1, 2, 5])
+@pytest.mark.parametrize("think", [0.0, 0.003, 0.997, 1.0])
+def test_the_guard_fires_after_exactly_a_window_of_faults(window: int, think: float) -> None:
+    own = guard(window, action="stop")
+    assert not feed(own, [log(think)] * (window - 1)).should_training_stop
+    assert own.fired_at is None
+    own = guard(window, action="stop")
+    assert feed(own, [log(think)] * window).should_training_stop
+    assert own.fired_at == window
+
+
+def test_a_healthy_log_starts_the_count_again() -> None:
+    own = guard(3)
+    feed(own, [log(1.0), log(1.0), log(0.5), log(1.0), log(1.0)])
+    assert own.fired_at is None
+    own = guard(3)
+    feed(own, [log(1.0), log(1.0), log(0.5), log(1.0), log(1.0), log(1.0), log(1.0)])
+    assert own.fired_at == 6
+
+
+def test_healthy_policies_never_fire() -> None:
+    own = guard(2)
+    feed(own, [log(think) for think in (0.5, 0.02, 0.98, 0.3, 0.7)] * 5)
+    assert own.fired_at is None
+
+
+def test_always_short_and_always_think_are_named() -> None:
+    always_short, always_think = guard(2), guard(2)
+    feed(always_short, [log(0.001)] * 2)
+    feed(always_think, [log(0.999)] * 2)
+    assert always_short.reason == "P(short) = 0.9990 is outside [0.01, 0.99]"
+    assert always_think.reason == "P(short) = 0.0010 is outside [0.01, 0.99]"
+
+
+def test_faults_of_different_kinds_add_up() -> None:
+    own = guard(4)
+    feed(own, [log(1.0), log(0.0), log(NAN), log(0.5, entropy=0.01)])
+    assert own.fired_at == 4
+    assert own.reason == "mode entropy 0.0100 is under 0.05"
+
+
+@pytest.mark.parametrize("entry", [log(NAN), log(0.5, entropy=NAN), {**log(0.5), "mode/think/prob": NAN}])
+def test_nan_is_a_fault(entry: dict[str, float]) -> None:
+    own = guard(1)
+    feed(own, [entry])
+    assert own.fired_at == 1
+    assert "nan" in own.reason
+
+
+def test_the_bounds_themselves_are_healthy() -> None:
+    own = guard(1, min_share=0.25, max_share=0.75, min_entropy=0.5)
+    feed(own, [log(0.25), log(0.75), log(0.5, entropy=0.5)])
+    assert own.fired_at is None
+
+
+def test_every_mode_is_watched() -> None:
+    own = CollapseGuard(GuardSection(window=1), ["short", "think", "wide"])
+    feed(own, [{**log(0.5), "mode/wide/prob": 0.0}])
+    assert own.reason == "P(wide) = 0.0000 is outside [0.01, 0.99]"
+
+
+@pytest.mark.parametrize("entry", [None, {}, {"train_runtime": 3.0}, {"validation/accuracy": 0.5}])
+def test_logs_of_something_else_count_neither_way(entry: dict[str, float] | None) -> None:
+    own = guard(2)
+    control = TrainerControl()
+    for step, logs in enumerate([log(1.0), entry, log(1.0)], start=1):
+        own.on_log(ARGS, state(step), control, logs=logs)
+    assert own.fired_at == 3
+
+
+@pytest.mark.parametrize(
+    ("action", "saves", "stops"), [("warn", False, False), ("save", True, False), ("stop", True, True)]
+)
+def test_actions(caplog: pytest.LogCaptureFixture, action: str, saves: bool, stops: bool) -> None:
+    with caplog.at_level(logging.WARNING):
+        control = feed(guard(2, action=action), [log(1.0)] * 2)
+    assert (control.should_save, control.should_training_stop) == (saves, stops)
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "collapse guard, step 2, 2 logs in a row: P(short) = 0.0000 is outside [0.01, 0.99]"
+    )
+
+
+def test_the_guard_fires_once(caplog: pytest.LogCaptureFixture) -> None:
+    own = guard(2, action="save")
+    control = feed(own, [log(1.0)] * 2)
+    control.should_save = False
+    for step in range(3, 9):
+        own.on_log(ARGS, state(step), control, logs=log(1.0))
+    assert (own.fired_at, control.should_save, len(caplog.records)) == (2, False, 1)
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_are_json_lines_even_with_nan(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    own = MetricsFile(file, "rl")
+    own.on_log(ARGS, state(1), TrainerControl(), logs={"loss": 0.5, "mode/mass": NAN})
+    own.on_log(ARGS, state(2), TrainerControl(), logs={"loss": float("inf"), "kl": float("-inf")})
+    own.on_log(ARGS, state(3, main=False), TrainerControl(), logs={"loss": 1.0})
+    own.on_log(ARGS, state(4), TrainerControl(), logs=None)
+
+    def no_constant(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    rows = [json.loads(line, parse_constant=no_constant) for line in file.read_text().splitlines()]
+    assert [(row["stage"], row["step"]) for row in rows] == [("rl", 1), ("rl", 2), ("rl", 4)]
+    assert all(isinstance(row.pop("time"), float) for row in rows)
+    assert rows[0] == {"stage": "rl", "step": 1, "loss": 0.5, "mode/mass": "nan"}
+    assert rows[1] == {"stage": "rl", "step": 2, "loss": "inf", "kl": "-inf"}
+    assert math.isnan(float(rows[0]["mode/mass"])), "and every reader gets the number back"
+
+
+def test_samples_are_json_lines(tmp_path: Path) -> None:
+    file = tmp_path / "samples.jsonl"
+    rows = [
+        {"mode": "short", "response": "größer", "reward": None},
+        {"mode": "think", "response": "\n", "reward": 1.0},
+    ]
+    own = SampleFile(file, lambda: rows, to_wandb=False)
+    own.on_log(ARGS, state(7), TrainerControl(), logs={})
+    own.on_log(ARGS, state(8, main=False), TrainerControl(), logs={})
+    assert [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] == [
+        {"step": 7, **row} for row in rows
+    ]
+
+
+def test_no_samples_leave_no_file(tmp_path: Path) -> None:
+    SampleFile(tmp_path / "samples.jsonl", list, to_wandb=True).on_log(ARGS, state(), TrainerControl(), logs={})
+    assert not list(tmp_path.iterdir())
+
+
+# ---- screen --------------------------------------------------------------------------------------------------------
+
+
+def test_a_screen_line_shows_its_columns() -> None:
+    said: list[str] = []
+    own = ScreenLine("rl", {"rollout/reward": "reward", "mode/mass": "mass", "missing": "missing"}, said.append)
+    own.on_log(ARGS, state(5), TrainerControl(), logs={"mode/mass": NAN, "rollout/reward": 0.123456, "other": 1.0})
+    (line,) = said
+    assert line.startswith("rl 5/100 (")
+    assert line.endswith(" s): reward 0.1235, mass nan")
+
+
+@pytest.mark.parametrize(("logs", "main"), [(None, True), ({}, True), ({"other": 1.0}, True), ({"loss": 1.0}, False)])
+def test_a_screen_line_without_its_columns_is_not_printed(logs: dict[str, float] | None, main: bool) -> None:
+    said: list[str] = []
+    ScreenLine("rl", {"loss": "loss"}, said.append).on_log(ARGS, state(main=main), TrainerControl(), logs=logs)
+    assert said == []
+
+
+# ---- validation ----------------------------------------------------------------------------------------------------
+
+
+def validation(every: int) -> tuple[Validation, Any]:
+    """The callback on a stand-in that has the parts of a trainer it uses."""
+    logged: list[dict[str, float]] = []
+    trainer: Any = SimpleNamespace(logged=logged, log=logged.append, _metrics={"train": defaultdict(list)})
+    return Validation(trainer, every, lambda: {"validation/accuracy": 0.5}), trainer
+
+
+def test_validation_starts_before_the_first_step_but_not_on_a_resumed_run() -> None:
+    own, trainer = validation(10)
+    own.on_train_begin(ARGS, state(30), TrainerControl())
+    assert trainer.logged == []
+    own.on_train_begin(ARGS, state(0), TrainerControl())
+    assert trainer.logged == [{"validation/accuracy": 0.5}]
+
+
+def test_validation_joins_the_log_of_its_step() -> None:
+    own, trainer = validation(10)
+    for step in range(1, 31):
+        control = TrainerControl()
+        own.on_step_end(ARGS, state(step), control)
+        assert control.should_log == (step % 10 == 0)
+    assert trainer._metrics["train"] == {"validation/accuracy": [0.5, 0.5, 0.5]}

@@ -1,0 +1,167 @@
+"""Trackers are decided from what is there, before they are initialised: with a key online, else offline files."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from siesta.data.errors import RecipeError
+from siesta.rl.recipe import TrackingSection
+from siesta.rl.tracking import has_wandb_key, start_trackers
+
+KEY = "0" * 40
+NAMES = (
+    "WANDB_API_KEY",
+    "WANDB_MODE",
+    "WANDB_DIR",
+    "WANDB_PROJECT",
+    "TRACKIO_DIR",
+    "TENSORBOARD_LOGGING_DIR",
+    "NETRC",
+)
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(tmp_path: Path) -> Iterator[None]:
+    """No tracker variable and an empty home before; the environment as it was afterwards."""
+    before = dict(os.environ)
+    for name in NAMES:
+        os.environ.pop(name, None)
+    os.environ["HOME"] = str(tmp_path)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def all_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is installed on this machine is not the question here; `missing` takes it back for one tracker."""
+    without(monkeypatch, "")
+
+
+def without(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None if name == missing else object())
+
+
+def wandb_section(**fields: str) -> TrackingSection:
+    return TrackingSection.model_validate({"report_to": ["wandb"], **fields})
+
+
+def netrc_file(folder: Path, host: str, name: str = ".netrc") -> Path:
+    file = folder / name
+    file.write_text(f"machine {host}\n  login user\n  password {KEY}\n")
+    file.chmod(0o600)
+    return file
+
+
+# ---- wandb ---------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_key_wandb_writes_offline_files(tmp_path: Path) -> None:
+    assert start_trackers(wandb_section(), tmp_path / "run") == ["wandb"]
+    assert os.environ["WANDB_MODE"] == "offline"
+    assert os.environ["WANDB_DIR"] == str(tmp_path / "run")
+    assert os.environ["WANDB_PROJECT"] == "siesta"
+
+
+def test_a_key_in_the_environment_means_online(tmp_path: Path) -> None:
+    os.environ["WANDB_API_KEY"] = KEY
+    start_trackers(wandb_section(project="naps"), tmp_path)
+    assert os.environ["WANDB_MODE"] == "online"
+    assert os.environ["WANDB_PROJECT"] == "naps"
+
+
+def test_an_empty_key_is_no_key(tmp_path: Path) -> None:
+    os.environ["WANDB_API_KEY"] = ""
+    start_trackers(wandb_section(), tmp_path)
+    assert os.environ["WANDB_MODE"] == "offline"
+
+
+@pytest.mark.parametrize("by_variable", [True, False])
+def test_a_key_in_the_netrc_file_means_online(tmp_path: Path, by_variable: bool) -> None:
+    if by_variable:
+        os.environ["NETRC"] = str(netrc_file(tmp_path, "api.wandb.ai", "elsewhere"))
+    else:
+        netrc_file(tmp_path, "api.wandb.ai")
+    start_trackers(wandb_section(), tmp_path)
+    assert os.environ["WANDB_MODE"] == "online"
+
+
+def test_a_netrc_entry_of_another_host_is_no_key(tmp_path: Path) -> None:
+    netrc_file(tmp_path, "example.org")
+    assert not has_wandb_key()
+
+
+def test_a_broken_netrc_file_does_not_end_the_run(tmp_path: Path) -> None:
+    """Most of its users never think of the file, and wandb itself passes over it."""
+    (tmp_path / ".netrc").write_text("machina api.wandb.ai\n")
+    assert not has_wandb_key()
+
+
+@pytest.mark.parametrize("mode", ["offline", "disabled", "online"])
+@pytest.mark.parametrize("key", [KEY, ""])
+def test_the_user_has_the_last_word(tmp_path: Path, mode: str, key: str) -> None:
+    os.environ |= {"WANDB_MODE": mode, "WANDB_API_KEY": key, "WANDB_PROJECT": "mine", "WANDB_DIR": "there"}
+    start_trackers(wandb_section(), tmp_path)
+    assert [os.environ[name] for name in ("WANDB_MODE", "WANDB_PROJECT", "WANDB_DIR")] == [mode, "mine", "there"]
+
+
+def test_nothing_is_set_for_a_tracker_that_is_not_named(tmp_path: Path) -> None:
+    assert start_trackers(TrackingSection(), tmp_path) == []
+    assert not set(NAMES) & set(os.environ)
+
+
+# ---- when it is decided --------------------------------------------------------------------------------------------
+
+
+def test_deciding_does_not_import_a_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trackers = ("wandb", "trackio", "tensorboard")
+    for name in trackers:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    start_trackers(TrackingSection(report_to=["wandb", "trackio", "tensorboard"]), tmp_path)
+    assert not set(trackers) & set(sys.modules)
+
+
+def test_the_decision_reaches_wandb_even_if_it_was_imported_before(tmp_path: Path) -> None:
+    """TRL imports wandb at its own import; what wandb will do is read when it is initialised."""
+    pytest.importorskip("wandb")
+    code = (
+        "import sys, wandb\n"
+        "from pathlib import Path\n"
+        "from siesta.rl.recipe import TrackingSection\n"
+        "from siesta.rl.tracking import start_trackers\n"
+        "start_trackers(TrackingSection(report_to=['wandb'], project='naps'), Path(sys.argv[1]))\n"
+        "settings = wandb.setup().settings\n"
+        "print(settings.mode, settings.project, settings.root_dir)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["offline", "naps", str(tmp_path)]
+
+
+# ---- other trackers ------------------------------------------------------------------------------------------------
+
+
+def test_other_trackers_write_into_the_run_directory(tmp_path: Path) -> None:
+    assert start_trackers(TrackingSection(report_to=["tensorboard", "trackio"]), tmp_path) == [
+        "tensorboard",
+        "trackio",
+    ]
+    assert os.environ["TENSORBOARD_LOGGING_DIR"] == str(tmp_path / "tensorboard")
+    assert os.environ["TRACKIO_DIR"] == str(tmp_path / "trackio")
+    assert "WANDB_MODE" not in os.environ
+
+
+@pytest.mark.parametrize("name", ["wandb", "tensorboard", "trackio"])
+def test_a_tracker_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    without(monkeypatch, name)
+    section = TrackingSection.model_validate({"report_to": [name]})
+    with pytest.raises(RecipeError) as caught:
+        start_trackers(section, tmp_path)
+    assert str(caught.value) == f"tracking.report_to: {name} is not installed; pip install 'siesta-rl[{name}]'"
+    assert not set(NAMES) & set(os.environ)
