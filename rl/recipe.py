@@ -157,6 +157,7 @@ class EvaluateSection(Section):
     every: int = Field(default=0, ge=0, description="Validate during RL every so many steps; 0: never.")
     every_items: int = Field(default=160, ge=1)
     every_samples: int = Field(default=4, ge=1)
+    before: bool = Field(default=True, description="Also measure the model that RL started from.")
     seed: int = 0
 
 

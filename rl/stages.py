@@ -239,10 +239,11 @@ def evaluate_stage(context: Context) -> None:
         return
     section = context.recipe.evaluate
     examples = context.examples("test", section.items)
+    trained = context.recipe.rl.enabled
+    folders = {"before": context.start} if section.before or not trained else {}
+    folders |= {"after": context.path / "rl"} if trained else {}
     results = {}
-    for name, folder in {"before": context.start, "after": context.path / "rl"}.items():
-        if name == "after" and not context.recipe.rl.enabled:
-            continue
+    for name, folder in folders.items():
         measured = context.measure(load_model(folder, device=default_device()), examples, samples=section.samples)
         results[name] = policies.table(measured, resamples=section.resamples, seed=section.seed)
     write_atomically(context.path / "evaluation.json", json.dumps(results, indent=1) + "\n")
@@ -254,7 +255,7 @@ def show_evaluation(context: Context) -> None:
     if main_process():
         results = json.loads((context.path / "evaluation.json").read_text())
         last = list(results)[-1]
-        if last == "after":
+        if len(results) > 1:
             print_table(results["before"], f"{context.recipe.tracking.run}: before RL", only=["free"])
         print_table(results[last], f"{context.recipe.tracking.run}: {last} RL")
 

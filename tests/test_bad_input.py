@@ -108,7 +108,7 @@ def test_negative_control_the_recipes_themselves_are_sound(recipe: str, capsys: 
         ("data.level_weights={1: 0}", ("data.level_weights",)),
         ("data.max_prompt_tokens=3", ("calc-train-0", "data.max_prompt_tokens 3")),
         ("data.verifier=exakt", ("verifier", "exakt")),  # a task brings its own: the setting would do nothing
-        ("data.test.path=test.jsonl", ("data.test",)),  # likewise
+        ("data.test.path=test.jsonl", ("data", "test")),  # likewise
         ("model.path=./nowhere", ("model.path", "./nowhere")),
         ("model.embedded.heads=3", ("model.embedded",)),
         ("model.lora={rank: 8}", ("model.lora",)),

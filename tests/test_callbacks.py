@@ -157,6 +157,36 @@ def test_metrics_are_json_lines_even_with_nan(tmp_path: Path) -> None:
     assert math.isnan(float(rows[0]["mode/mass"])), "and every reader gets the number back"
 
 
+def rows_of(*places: tuple[str, int]) -> str:
+    return "".join(json.dumps({"stage": stage, "step": step, "loss": "nan"}) + "\n" for stage, step in places)
+
+
+@pytest.mark.parametrize(
+    ("resumed_at", "kept"),
+    [
+        (20, [("warmup", 30), ("rl", 0), ("rl", 10), ("rl", 20)]),
+        (0, [("warmup", 30)]),
+    ],
+)
+@pytest.mark.parametrize("torn", ["", '{"stage": "rl", "st'])
+def test_a_resumed_training_rewrites_no_metric(
+    tmp_path: Path, resumed_at: int, kept: list[tuple[str, int]], torn: str
+) -> None:
+    """`torn`: the line that was being written when the first attempt was killed."""
+    file = tmp_path / "metrics.jsonl"
+    places = [("warmup", 30), ("rl", 0), ("rl", 10), ("rl", 20), ("rl", 30)]
+    file.write_text(rows_of(*places) + torn)
+    MetricsFile(file, "rl").on_train_begin(ARGS, state(resumed_at, main=False), TrainerControl())
+    assert file.read_text() == rows_of(*places) + torn, "the main process alone writes"
+    MetricsFile(file, "rl").on_train_begin(ARGS, state(resumed_at), TrainerControl())
+    assert file.read_text() == rows_of(*kept)
+
+
+def test_a_first_training_has_no_metrics_to_drop(tmp_path: Path) -> None:
+    MetricsFile(tmp_path / "metrics.jsonl", "rl").on_train_begin(ARGS, state(0), TrainerControl())
+    assert not list(tmp_path.iterdir())
+
+
 def test_samples_are_json_lines(tmp_path: Path) -> None:
     file = tmp_path / "samples.jsonl"
     rows = [

@@ -292,14 +292,16 @@ def test_a_response_must_be_able_to_end() -> None:
     ],
     ids=["bare-text", "inline-if", "bare-text-between-literals"],
 )
-def test_a_template_that_cannot_be_cut_is_refused(generation: str) -> None:
-    """Cut or refused; what must not happen is a prompt that neither we nor the model's makers wrote."""
+def test_a_template_is_cut_or_refused(generation: str) -> None:
+    """What must not happen is a prompt that neither we nor the model's makers wrote."""
     tokenizer = byte_level()
     tokenizer.chat_template = TURNS + generation
-    prepare_tokenizer(tokenizer, TOKENS)
-    if tokenizer.apply_chat_template(USER, add_generation_prompt=True, tokenize=False) != CHATML_PROMPT:
-        with pytest.raises(ModelError, match="already holds the control token '<think>'"):
-            check_prompts(tokenizer, two_modes(tokenizer), [USER])
+    try:
+        prepare_tokenizer(tokenizer, TOKENS)
+        check_prompts(tokenizer, two_modes(tokenizer), [USER])
+    except ModelError:
+        return
+    assert tokenizer.apply_chat_template(USER, add_generation_prompt=True, tokenize=False) == CHATML_PROMPT
 
 
 def test_the_embedded_template_needs_no_cut() -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from siesta.data.errors import DataError
 from siesta.rl.policies import Measurement, choices, interval, one_hot, per_item, summarise, table
 
 BOOTSTRAP = {"resamples": 500, "seed": 0}
@@ -87,9 +88,27 @@ def test_levels_by_hand(measured: Measurement) -> None:
 def test_totals_of_the_table(measured: Measurement) -> None:
     found = table(measured, **BOOTSTRAP)
     assert found["items"] == 4
+    assert found["dropped_items"] == 0
     assert found["mode_mass"] == pytest.approx(0.9)
     assert found["truncated"] == {"short": 0.0, "think": 0.25}
     assert found["unscorable"] == 3
+
+
+def test_items_that_cannot_be_priced_are_left_out_and_counted(measured: Measurement) -> None:
+    """Without a score in some mode an item has no oracle; one NaN must not reach the mean of any policy."""
+    greedy_scores, rewards = measured.greedy_scores.copy(), measured.sampled_rewards.copy()
+    greedy_scores[3, 0] = rewards[1, 1] = np.nan
+    found = table(replace(measured, greedy_scores=greedy_scores, sampled_rewards=rewards), **BOOTSTRAP)
+    kept = {name: value[[0, 2]] for name, value in vars(measured).items() if isinstance(value, np.ndarray)}
+    assert found == {**table(replace(measured, **kept), **BOOTSTRAP), "dropped_items": 2}
+    assert found["items"] == 2
+    assert numbers(found["greedy"]["free"]) == pytest.approx((1.0, 10.5, 0.75, 0.0, 0.5))
+
+
+def test_a_table_of_no_items_is_refused(measured: Measurement) -> None:
+    nothing = np.full((4, 2), np.nan)
+    with pytest.raises(DataError, match="verifier failed on every item"):
+        table(replace(measured, sampled_rewards=nothing), **BOOTSTRAP)
 
 
 def test_levels_average_to_the_whole(measured: Measurement) -> None:

@@ -222,9 +222,8 @@ def test_values_reach_the_config_in_its_own_type(load: Callable, override: str, 
 def test_settings_of_another_loss_are_refused_with_a_reason(load: Callable, name: str) -> None:
     default = next(default_of(f) for f in dataclasses.fields(GRPOConfig) if f.name == name)
     values = {bool: not default, int: 3, float: 0.5, str: "sequence", type(None): 0.5}
-    value = {"reward_weights": [1.0], "eval_strategy": "steps", "top_k": 3, "num_generations_eval": 3}.get(
-        name, values[type(default)]
-    )
+    special = {"reward_weights": [1.0], "eval_strategy": "steps", "num_generations_eval": 3}
+    value = (special | {"generation_kwargs": {"top_p": 0.5}}).get(name, values[type(default)])
     recipe = load(text=MINIMAL + yaml.safe_dump({"rl": {name: value}}))
     with pytest.raises(RecipeError) as caught:
         method(recipe)
