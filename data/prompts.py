@@ -6,6 +6,9 @@ them directly: control token first. Text that was once tokens is never tokenised
 
 from typing import TYPE_CHECKING, cast
 
+import jinja2
+
+from siesta.data.errors import ModelError
 from siesta.data.schema import Example
 
 if TYPE_CHECKING:
@@ -22,7 +25,10 @@ def messages(example: Example, instruction: str = "") -> Messages:
 
 def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: Messages) -> list[int]:
     """Token ids of `prompt` up to the place where the control token goes."""
-    rendered = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
+    try:
+        rendered = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
+    except jinja2.TemplateError as error:
+        raise ModelError(f"model: the chat template fails on {prompt[-1]['content'][:60]!r}: {error}") from error
     return cast(dict[str, list[int]], rendered)["input_ids"]
 
 

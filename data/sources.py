@@ -19,6 +19,7 @@ from siesta.data.tasks import calc, hop
 Split = Literal["train", "validation", "test"]
 
 TASKS = {"calc": calc, "hop": hop}
+BLANK: dict = {}  # compared by identity
 FIELDS = ("id", "context", "query", "answer", "verifier", "level")
 
 
@@ -45,6 +46,9 @@ class TaskSource(Sequence[Example]):
         unknown = set(level_weights or {}) - set(self.levels)
         if unknown:
             raise DataError(f"data.level_weights: {task} has levels 1 to {len(self.levels)}, not {sorted(unknown)}")
+        weights = (level_weights or {1: 1.0}).values()
+        if min(weights) < 0 or not sum(weights) > 0:
+            raise DataError(f"data.level_weights: shares of levels are at least 0, and one is more: {level_weights}")
         self.weights = [level_weights.get(level, 0.0) for level in self.levels] if level_weights else None
 
     def __len__(self) -> int:
@@ -79,20 +83,20 @@ def read_rows(path: str, *, name: str | None = None, split: str = "train", revis
     if file.exists():
         raise DataError(f"{path}: only .jsonl, .json and .parquet files are read")
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     try:
         return [dict(row) for row in load_dataset(path, name, split=split, revision=revision)]
-    except (OSError, ValueError) as error:  # covers an unknown name, an unknown split and no connection
+    except (OSError, ValueError, DatasetsError) as error:  # covers an unknown name, an unknown split and no connection
         raise DataError(f"{path}: not a file, and no data set of this name could be loaded: {_line(error)}") from error
 
 
 def _read_jsonl(file: Path) -> list[dict]:
+    """A blank line becomes BLANK, so that rows count as an editor does. (splitlines would end rows at U+2028 too.)"""
     rows = []
-    for number, line in enumerate(_text(file).splitlines(), start=1):
-        if not line.strip():
-            continue
+    for number, line in enumerate(_text(file).split("\n"), start=1):
         try:
-            rows.append(json.loads(line))
+            rows.append(json.loads(line) if line.strip() else BLANK)
         except json.JSONDecodeError as error:
             raise DataError(f"{file}, row {number}: not JSON: {error.msg}") from error
     return rows
@@ -143,7 +147,11 @@ def to_examples(rows: Iterable[Any], path: str, columns: dict[str, str], verifie
     for name in columns:
         if name not in FIELDS and not name.startswith("responses."):
             raise DataError(f"data.columns.{name}: not a field; fields are {', '.join(FIELDS)}, responses.<mode>")
-    return [_to_example(row, number, path, columns, verifier) for number, row in enumerate(rows, start=1)]
+    return [
+        _to_example(row, number, path, columns, verifier)
+        for number, row in enumerate(rows, start=1)
+        if row is not BLANK
+    ]
 
 
 def _to_example(row: Any, number: int, path: str, columns: dict[str, str], verifier: str) -> Example:
@@ -154,6 +162,9 @@ def _to_example(row: Any, number: int, path: str, columns: dict[str, str], verif
     for name in FIELDS:
         column = columns.get(name, name)
         if column in row and row[column] is not None:
+            if not isinstance(row[column], str | int | float):
+                kind = type(row[column]).__name__
+                raise DataError(f"{where}: column {column!r} (field {name!r}) is a {kind}; text is expected")
             values[name] = str(row[column]).strip()
         elif name in columns or name in ("query", "answer"):
             raise DataError(f"{where}: no column {column!r} (field {name!r}); map it with data.columns.{name}")
@@ -179,6 +190,8 @@ def _to_example(row: Any, number: int, path: str, columns: dict[str, str], verif
 def _responses(row: dict, where: str, columns: dict[str, str]) -> dict[str, str]:
     """Worked responses per mode, from the mapped columns or from a `responses` object in the row."""
     responses = row.get("responses") or {}
+    if isinstance(responses, dict):  # Parquet fills what a row lacks with None
+        responses = {mode: text for mode, text in responses.items() if text is not None}
     if not isinstance(responses, dict) or not all(isinstance(text, str) for text in responses.values()):
         raise DataError(f"{where}: responses must map mode names to text")
     responses = dict(responses)

@@ -155,16 +155,6 @@ def mode_targets(values: torch.Tensor, prior: torch.Tensor, tau: float) -> tuple
     return torch.softmax(prior.log() + values / tau, dim=1), known
 
 
-def mode_weights(chosen: torch.Tensor, sampled: torch.Tensor) -> torch.Tensor:
-    """rho = pi_old(m_i given x) / q(m_i given x), the exact importance weight of a forced mode.
-
-    Args:
-        chosen: pi_old of each rollout's mode, any shape.
-        sampled: q of it, the share of the group's rollouts that the mode plan gives to the mode; same shape.
-    """
-    return chosen / sampled
-
-
 def token_weights(
     completion_mask: torch.Tensor,
     scorable: torch.Tensor,

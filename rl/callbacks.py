@@ -33,7 +33,9 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         """Drop the rows that an interrupted attempt left beyond the step from which training goes on."""
         if state.is_world_process_zero and self.file.exists():
-            rows = [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines()]
+            # A killed attempt may have torn the last line.
+            whole, _, _ = self.file.read_text(encoding="utf-8").rpartition("\n")
+            rows = [json.loads(line) for line in whole.splitlines()]
             done = state.global_step or -1  # a training that starts anew logs its step 0 again
             kept = [row for row in rows if row["stage"] != self.stage or row["step"] <= done]
             write_atomically(self.file, "".join(json.dumps(row) + "\n" for row in kept))

@@ -6,6 +6,8 @@ from trl import GRPOConfig
 
 from siesta.data.errors import RecipeError
 
+NO_BONUS = "the loss has no entropy bonus"
+OTHER_LOSS = "it belongs to a loss_type that is not used"
 # GRPOConfig fields whose effect DeGRPO does not have. Setting one would silently do nothing or bias the loss.
 REFUSED = {
     "loss_type": "the loss is the weighted token sum of rl/loss.py; use `decoupled: false` for plain GRPO",
@@ -14,10 +16,14 @@ REFUSED = {
     "reward_weights": "there is one reward",
     "delta": "two-sided clipping is not part of the loss",
     "top_entropy_quantile": "the loss has no entropy mask",
-    "entropy_coef": "the loss has no entropy bonus",
-    "use_adaptive_entropy": "the loss has no entropy bonus",
     "off_policy_mask_threshold": "the loss has no off-policy mask",
     "use_bias_correction_kl": "the KL term is the plain k3 estimator",
+    **dict.fromkeys(("entropy_coef", "entropy_coef_min", "entropy_coef_max", "entropy_coef_delta"), NO_BONUS),
+    **dict.fromkeys(("use_adaptive_entropy", "entropy_target"), NO_BONUS),
+    **dict.fromkeys(("sapo_temperature_neg", "sapo_temperature_pos"), OTHER_LOSS),
+    **dict.fromkeys(("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"), OTHER_LOSS),
+    "mask_truncated_completions": "a truncated response is verified like any other",
+    "generation_kwargs": "a truncated sampler is not the policy in the loss; the rest has settings of its own",
     "use_liger_kernel": "there is one loss path",
     "use_transformers_continuous_batching": "it casts the trained weights to bf16 during rollouts",
     "use_transformers_paged": "it casts the trained weights to bf16 during rollouts",
@@ -82,6 +88,10 @@ class DeGRPOConfig(GRPOConfig):
             default = next(f.default for f in fields(GRPOConfig) if f.name == name)
             if getattr(self, name) != default:
                 raise RecipeError(f"rl.{name}: not a setting of DeGRPO: {reason}")
+        if self.num_generations is not None and self.num_generations < 2:
+            raise RecipeError(
+                f"rl.num_generations: {self.num_generations} rollout cannot hold two modes; use at least 2"
+            )
         super().__post_init__()
 
 
@@ -121,7 +131,9 @@ def check_method(config: DeGRPOConfig, num_modes: int) -> None:
         raise RecipeError(
             "rl.scale_rewards: per_mode advantages are not scaled; use advantage: group or scale_rewards: none"
         )
-    for name in ("tau", "tau_start", "alpha", "verifier_timeout"):
+    for name in ("tau", "tau_start", "alpha", "verifier_timeout", "temperature"):
         value = getattr(config, name)
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:
             raise RecipeError(f"rl.{name}: {value} must be positive")
+    if not config.value_shrinkage >= 0:
+        raise RecipeError(f"rl.value_shrinkage: {config.value_shrinkage} must be 0 or more")

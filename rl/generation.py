@@ -26,6 +26,17 @@ def inference(model: torch.nn.Module) -> Iterator[None]:
         model.train(training)
 
 
+@contextmanager
+def replaced(owner: object, name: str, value: object) -> Iterator[None]:
+    """Attribute `name` of `owner` is `value` inside the context."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
 def left_pad(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and attention mask of shape (B, longest), content flush right."""
     width = max(len(row) for row in rows)
@@ -80,13 +91,12 @@ def complete(
         **sampling, top_k=0, top_p=1.0, max_new_tokens=mode.max_tokens, pad_token_id=pad_id, eos_token_id=eos_id
     )
     responses: list[list[int]] = [[] for _ in prompts]
-    with inference(model):
+    # `generate` fills what the given config leaves open from the model's own (a repetition penalty, say).
+    with inference(model), replaced(model, "generation_config", GenerationConfig()):
         for batch in by_length(prompts, batch_size):
             ids, mask = left_pad([[*prompts[i], mode.token_id] for i in batch], pad_id)
             ids, mask = ids.to(model.device), mask.to(model.device)
-            output = cast(
-                torch.Tensor, cast(Any, model).generate(input_ids=ids, attention_mask=mask, generation_config=config)
-            )
+            output = cast(Any, model).generate(input_ids=ids, attention_mask=mask, generation_config=config)
             for i, row in zip(batch, output[:, ids.shape[1] :].tolist(), strict=True):
                 responses[i] = cut_after_eos(row, [eos_id])
     return responses

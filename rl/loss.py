@@ -11,6 +11,9 @@ takes means inside each micro-batch, which ties the step to how the batch was sp
 
 import torch
 
+# exp of more overflows float32, and the gradient of a clipped infinite ratio is 0 * inf.
+MAX_LOG_RATIO = 20.0
+
 
 def policy_loss(
     per_token_logps: torch.Tensor,
@@ -43,7 +46,7 @@ def token_ratio(
 ) -> torch.Tensor:
     """pi_theta / pi_old per token, (B, T); 1 where the weight is 0, so that padding can hold anything."""
     log_ratio = torch.where(weights > 0, per_token_logps - old_per_token_logps, 0.0)
-    return log_ratio.exp()
+    return log_ratio.clamp(max=MAX_LOG_RATIO).exp()
 
 
 def kl_loss(per_token_logps: torch.Tensor, ref_per_token_logps: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -69,6 +72,6 @@ def mode_target_loss(control_logps: torch.Tensor, targets: torch.Tensor, weights
         targets: pi*(m given x_i), shape (B, M); rows of weight 0 may hold anything, in `control_logps` too.
         weights: u_i, shape (B,).
     """
-    counted = weights[:, None] > 0
+    counted = (weights[:, None] > 0) & (targets > 0)
     cross_entropy = -(torch.where(counted, targets, 0.0) * torch.where(counted, control_logps, 0.0)).sum(dim=1)
     return (weights * cross_entropy).sum()

@@ -5,9 +5,16 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from siesta.data.errors import ModelError
+from siesta.data.prompts import end_id, pad_id
 from siesta.rl import embedded
 from siesta.rl.modes import Mode, Modes, grow_embeddings, prepare_tokenizer
 from siesta.rl.recipe import ModelSection, ModeSection, Recipe
@@ -31,7 +38,10 @@ def make_tokenizer(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, list[str]]:
     if section.chat_template is not None:
         if not section.chat_template.is_file():
             raise ModelError(f"model.chat_template: {section.chat_template}: no such file")
-        tokenizer.chat_template = section.chat_template.read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = section.chat_template.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ModelError(f"model.chat_template: {section.chat_template}: not UTF-8") from error
     return tokenizer, prepare_tokenizer(tokenizer, [mode.token for mode in recipe.modes.values()])
 
 
@@ -44,6 +54,9 @@ def make_model(recipe: Recipe, folder: Path) -> None:
     else:
         model = _load(AutoModelForCausalLM, section, dtype=getattr(torch, section.dtype))
     grow_embeddings(model, tokenizer, added)
+    # Sampling settings that a model ships (penalties, suppressed tokens) would make rollouts another policy than the
+    # one in the loss, and a second end-of-sequence id would end rollouts that count as cut.
+    model.generation_config = GenerationConfig(eos_token_id=end_id(tokenizer), pad_token_id=pad_id(tokenizer))
     save_model(model, tokenizer, folder)
 
 

@@ -8,15 +8,15 @@ for reward functions. The chat template is cut so that generation starts right a
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+import jinja2
 import torch
 from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
 from siesta.data.errors import ModelError
-from siesta.data.prompts import Messages, prompt_ids
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,9 @@ def add_control_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]
             # normalized=False and no stripping: the token must match byte for byte and leave its surroundings alone.
             tokenizer.add_tokens([AddedToken(token, special=False, normalized=False)])
             added.append(token)
-        elif known in tokenizer.all_special_ids:
+        elif known in tokenizer.all_special_ids or (
+            known in tokenizer.added_tokens_decoder and tokenizer.added_tokens_decoder[known].special
+        ):
             raise ModelError(
                 f"modes: {token!r} is a special token of this tokenizer and would vanish when completions are "
                 "decoded; choose another control token"
@@ -130,9 +132,17 @@ def cut_generation_prompt(template: str, tokens: Sequence[str]) -> str:
     start = template.rfind("add_generation_prompt")
     if start < 0:
         raise ModelError("model: the chat template has no generation prompt (no use of add_generation_prompt)")
+    if not any(token in template[start:] for token in tokens):
+        return template
     control = "|".join(re.escape(token) for token in tokens)
-    literal = re.compile(r"(['\"])((?:(?!\1|" + control + r").)*)(?:" + control + r")(?:(?!\1).)*\1", re.DOTALL)
-    return template[:start] + literal.sub(r"\1\2\1", template[start:])
+    literal = re.compile(rf"^(['\"])(.*?)(?:{control}).*\1$", re.DOTALL)
+    opening = "{% if "  # the block that `start` stands in
+    try:
+        pieces = list(jinja2.Environment(keep_trailing_newline=True).lex(opening + template[start:]))
+    except jinja2.TemplateSyntaxError as error:
+        raise ModelError(f"model: the chat template cannot be cut: {error.message}") from error
+    written = [literal.sub(r"\1\2\1", text) if kind == "string" else text for _, kind, text in pieces]
+    return template[:start] + "".join(written).removeprefix(opening)
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[str]:
@@ -154,22 +164,24 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str])
     return added
 
 
-def check_prompts(tokenizer: PreTrainedTokenizerBase, modes: Modes, prompts: Sequence[Messages]) -> None:
-    """Prove on real prompts that the control token is one id and that no prompt decides the mode beforehand.
+def check_prompts(tokenizer: PreTrainedTokenizerBase, modes: Modes, prompts: Mapping[str, list[int]]) -> None:
+    """Prove that every control token is one id and that no prompt decides the mode beforehand.
+
+    Args:
+        prompts: Name of each prompt, for the message -> its ids.
 
     Raises:
-        ModelError: A control token is not one id, or a rendered prompt already holds one.
+        ModelError: A control token is not one id, or a prompt already holds one.
     """
     for mode in modes:
         if tokenizer.encode(mode.token, add_special_tokens=False) != [mode.token_id]:
             raise ModelError(f"modes.{mode.name}: {mode.token!r} does not encode to the single id {mode.token_id}")
-    for prompt in prompts:
-        ids = prompt_ids(tokenizer, prompt)
+    for name, ids in prompts.items():
         found = [mode.token for mode in modes if mode.token_id in ids]
         if found:
             raise ModelError(
-                f"prompt {prompt[-1]['content'][:60]!r} already holds the control token {found[0]!r}: it would decide "
-                "the mode before the model can; remove it from the data or from the chat template"
+                f"{name}: the prompt already holds the control token {found[0]!r}, which would decide the mode before "
+                "the model can; remove it from the data or from the chat template"
             )
 
 

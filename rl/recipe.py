@@ -41,6 +41,12 @@ class Section(BaseModel):
 class Embedded(Section):
     """Size of the model that is built on the spot."""
 
+    @model_validator(mode="after")
+    def heads_fit(self) -> "Embedded":
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError("hidden_size must be a multiple of 2 * heads")
+        return self
+
     layers: int = Field(default=3, ge=1)
     hidden_size: int = Field(default=128, ge=8)
     heads: int = Field(default=4, ge=1)
@@ -62,7 +68,7 @@ class ModelSection(Section):
 class ModeSection(Section):
     """One way to answer; see `siesta.rl.modes.Mode`."""
 
-    token: str
+    token: str = Field(min_length=1)
     max_tokens: int = Field(ge=1)
     correct: float = 1.0
     wrong: float = -1.0
@@ -100,6 +106,10 @@ class DataSection(Section):
             raise ValueError("give either `task` or `train`")
         if self.task is None and self.test is None:
             raise ValueError("`train` needs a `test` source beside it")
+        if self.task is not None and (self.test or self.validation or self.columns or self.verifier != "exact"):
+            raise ValueError("a `task` has its own splits and verifier: leave out test, validation, columns, verifier")
+        if self.task is None and self.level_weights is not None:
+            raise ValueError("`level_weights` belongs to a `task`")
         return self
 
 
@@ -212,12 +222,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             raise RecipeError(f"override {override!r} is not of the form section.key=value")
     try:
         # OmegaConf reads with a safe YAML loader: a recipe cannot construct Python objects.
-        merged = OmegaConf.merge(OmegaConf.load(file), OmegaConf.from_dotlist(list(overrides)))
+        written = OmegaConf.load(file)
+        if not OmegaConf.is_dict(written):
+            raise RecipeError(f"{file}: a recipe is a mapping of sections, this is a list")
+        merged = OmegaConf.merge(written, OmegaConf.from_dotlist(list(overrides)))
         content = OmegaConf.to_container(merged, resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise RecipeError(f"{file}: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise RecipeError(f"{file}: a recipe is a mapping of sections, this is a {type(content).__name__}")
+    except TypeError as error:  # what OmegaConf raises where a list meets a mapping
+        raise RecipeError(f"{file}: {error}, in an override: {' '.join(overrides)}") from error
     try:
         recipe = Recipe.model_validate(content)
         recipe.warmup = check_trainer_section("warmup", recipe.warmup, SFTConfig)
@@ -275,6 +288,12 @@ def check_modes(file: Path, recipe: Recipe) -> None:
         for key in keys:
             if key.split("@")[0] not in recipe.modes:
                 raise RecipeError(f"{file}: " + unknown_key(f"{section}.{key}", key, set(recipe.modes)))
+    for key in recipe.warmup.stop:
+        if "@" in key and not key.partition("@")[2].isdigit():
+            raise RecipeError(f"{file}: warmup.stop.{key}: after @ stands a level, a whole number")
+    shares = (recipe.warmup.shares or {"": 1.0}).values()
+    if min(shares) < 0 or not sum(shares) > 0:
+        raise RecipeError(f"{file}: warmup.shares: shares are at least 0, and one is more")
 
 
 def unknown_key(path: str, key: str, known: set[str]) -> str:
@@ -286,7 +305,8 @@ def unknown_key(path: str, key: str, known: set[str]) -> str:
 
 def describe(error: ValidationError) -> str:
     """The first fault of a recipe in one line: path of the key, what is wrong, what was meant."""
-    fault = error.errors()[0]
+    # A misspelt key also makes the right one missing; the misspelling says more.
+    fault = next((e for e in error.errors() if e["type"] == "extra_forbidden"), error.errors()[0])
     path = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         section: Any = Recipe
@@ -308,4 +328,4 @@ def section_type(section: type[BaseModel], key: Any) -> type[BaseModel]:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+    return OmegaConf.to_yaml(OmegaConf.create(recipe.model_dump(mode="json")))

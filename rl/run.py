@@ -51,7 +51,11 @@ class Run:
 
     def finished(self) -> dict[str, dict[str, str]]:
         """Finished stages with the fingerprints of the sections they were made from."""
-        return json.loads(self.record.read_text()) if self.record.exists() else {}
+        return self._read("stages.json")
+
+    def _read(self, name: str) -> dict[str, dict[str, str]]:
+        file = self.path / name
+        return json.loads(file.read_text()) if file.exists() else {}
 
     def prints(self, stage: str) -> dict[str, str]:
         """Fingerprint of every section that `stage` depends on."""
@@ -68,7 +72,10 @@ class Run:
         Raises:
             RecipeError: Names the stage and the section that changed.
         """
-        for stage, made_from in self.finished().items():
+        # A stage that was interrupted goes on from its checkpoint, so that counts as well; without one it starts anew.
+        begun = self._read("started.json").items()
+        resumable = {stage: prints for stage, prints in begun if any((self.path / stage).glob("checkpoint-*"))}
+        for stage, made_from in (self.finished() | resumable).items():
             changed = [name for name, value in self.prints(stage).items() if made_from.get(name) != value]
             if changed:
                 raise RecipeError(
@@ -80,6 +87,9 @@ class Run:
         """Do `work` unless the stage is finished; record it. True if it was done now."""
         if name in self.finished():
             return False
+        # What a stage leaves when it is interrupted (checkpoints) was made with these settings, too.
+        if PartialState().is_main_process:
+            write_atomically(self.path / "started.json", json.dumps({name: self.prints(name)}) + "\n")
         work()
         PartialState().wait_for_everyone()
         if PartialState().is_main_process:

@@ -89,6 +89,18 @@ def warmup_stage(context: Context) -> None:
         check_gate(measured, section, context.modes)
 
 
+def warmup_config(context: Context) -> SFTConfig:
+    """The recipe's `warmup:` section as a config."""
+    # max_length None: TRL would cut long rows without a word; the prompt limit has been checked.
+    fields = {"save_strategy": "no", "max_length": None} | context.recipe.warmup.trainer_fields()
+    try:
+        config = SFTConfig(**trainer_settings(context, "warmup", fields))
+    except ValueError as error:
+        raise RecipeError(f"warmup: {error}") from error
+    config.model_init_kwargs = {"dtype": context.recipe.model.dtype}
+    return config
+
+
 def warmup_trainer(context: Context, validation) -> SFTTrainer:
     """SFTTrainer on two-mode rows."""
     recipe, section = context.recipe, context.recipe.warmup
@@ -100,10 +112,7 @@ def warmup_trainer(context: Context, validation) -> SFTTrainer:
         instruction=recipe.data.instruction,
         seed=recipe.seed,
     )
-    # max_length None: TRL would cut long rows without a word; the prompt limit has been checked.
-    fields = {"save_strategy": "no", "max_length": None} | section.trainer_fields()
-    config = SFTConfig(**trainer_settings(context, "warmup", fields))
-    config.model_init_kwargs = {"dtype": recipe.model.dtype}
+    config = warmup_config(context)
     trainer = SFTTrainer(
         model=str(context.path / "model"),
         args=config,

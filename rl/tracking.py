@@ -19,7 +19,10 @@ def has_wandb_key() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
     file = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    return file.exists() and netrc.netrc(str(file)).authenticators(WANDB_HOST) is not None
+    try:
+        return netrc.netrc(str(file)).authenticators(WANDB_HOST) is not None
+    except (FileNotFoundError, netrc.NetrcParseError):  # as wandb does
+        return False
 
 
 def start_trackers(section: TrackingSection, run_dir: Path) -> list[str]:

@@ -18,13 +18,13 @@ from transformers.utils import logging as transformers_logging
 
 from siesta.data.errors import UserError
 from siesta.data.loading import check_splits
-from siesta.data.prompts import messages
 from siesta.rl.config import check_method
 from siesta.rl.context import Context
+from siesta.rl.models import lora_config
 from siesta.rl.modes import check_prompts
 from siesta.rl.recipe import Recipe, dump_recipe, load_recipe
 from siesta.rl.run import Run
-from siesta.rl.stages import CHECKED_PROMPTS, STAGES, GuardStop, rl_config, show_evaluation
+from siesta.rl.stages import STAGES, GuardStop, rl_config, show_evaluation, warmup_config
 
 
 def preflight(recipe: Recipe, context: Context) -> None:
@@ -36,10 +36,12 @@ def preflight(recipe: Recipe, context: Context) -> None:
     check_method(rl_config(context), len(recipe.modes))
     check_splits(recipe.data)
     examples = context.train_examples + context.examples("test", recipe.evaluate.items)
-    context.examples("validation", recipe.warmup.check_items)
-    context.prompts(examples)
-    sample = examples[:CHECKED_PROMPTS]
-    check_prompts(context.tokenizer, context.modes, [messages(x, recipe.data.instruction) for x in sample])
+    examples += context.examples("validation", max(recipe.warmup.check_items, recipe.evaluate.every_items))
+    prompts = context.prompts(examples)
+    names = [example.id for example in examples]
+    check_prompts(context.tokenizer, context.modes, dict(zip(names, prompts, strict=True)))
+    warmup_config(context)
+    lora_config(recipe.model.lora, train_embeddings=True)
     context.judge.verifiers  # noqa: B018  builds every verifier that the examples name
 
 

@@ -9,8 +9,6 @@ What is overridden, and why (tests/test_trl_contract.py holds TRL to it):
 - `log`: means are taken without dropping NaN.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -19,7 +17,7 @@ from trl import GRPOTrainer
 from siesta.data.prompts import pad_id
 from siesta.rl.advantages import Credit, Rollouts, assign_credit, kl_weights, token_weights
 from siesta.rl.config import DeGRPOConfig, check_method
-from siesta.rl.generation import mode_policy
+from siesta.rl.generation import mode_policy, replaced
 from siesta.rl.judge import Judge, RewardFunction
 from siesta.rl.loss import kl_loss, mode_target_loss, policy_loss, token_ratio
 from siesta.rl.metrics import rollout_metrics
@@ -223,14 +221,3 @@ class DeGRPOTrainer(GRPOTrainer):
         logs.update({name: sum(values) / len(values) for name, values in metrics.items() if values})
         metrics.clear()
         super().log(logs, start_time)
-
-
-@contextmanager
-def replaced(owner: object, name: str, value: object) -> Iterator[None]:
-    """Attribute `name` of `owner` is `value` inside the context."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)

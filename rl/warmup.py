@@ -70,6 +70,7 @@ def accuracy(measured: Measurement, key: str) -> float:
     mode, _, level = key.partition("@")
     scores = measured.greedy_scores[:, measured.modes.index(mode)]
     chosen = scores[measured.levels == int(level)] if level else scores
+    chosen = chosen[~np.isnan(chosen)]  # a failed verifier says nothing
     return float(np.mean(chosen)) if len(chosen) else float("nan")
 
 
@@ -77,8 +78,8 @@ def accuracy_by_level(measured: Measurement) -> str:
     """One line: greedy accuracy of each mode at each level, in per cent."""
     levels = np.unique(measured.levels)
     parts = []
-    for column, mode in enumerate(measured.modes):
-        by_level = [measured.greedy_scores[measured.levels == level, column].mean() for level in levels]
+    for mode in measured.modes:
+        by_level = [accuracy(measured, f"{mode}@{level}") for level in levels]
         parts.append(f"{mode} " + " ".join(f"{100 * value:.0f}" for value in by_level))
     return " | ".join(parts)
 
@@ -107,13 +108,13 @@ def check_gate(measured: Measurement, section: WarmupSection, modes: Modes) -> N
         GateError: With the number that failed and what to do.
     """
     mass = float(measured.mass.mean())
-    if mass < section.min_mass:
+    if not mass >= section.min_mass:
         raise GateError(
             f"warm-up gate: mass on control tokens is {mass:.3f}, below warmup.min_mass {section.min_mass}; train "
             "longer (warmup.max_steps), raise warmup.learning_rate, or add warm-up data"
         )
     for mode, share in zip(modes, measured.mode_probs.mean(0), strict=True):
-        if share < section.min_share:
+        if not share >= section.min_share:
             raise GateError(
                 f"warm-up gate: mode {mode.name!r} has probability {share:.4f}, below warmup.min_share "
                 f"{section.min_share}; give it a larger share of the warm-up data (warmup.shares)"

@@ -22,7 +22,6 @@ from siesta.rl.advantages import (
     kl_weights,
     mode_targets,
     mode_values,
-    mode_weights,
     per_mode_advantages,
     shrink_values,
     token_weights,
@@ -241,10 +240,6 @@ def test_weights_read_the_mask_and_leave_it_alone(decoupled: bool) -> None:
     assert_same(weights, token_weights(MASK, SCORABLE, 3, control=tensor([1.0] * 4), decoupled=decoupled))
 
 
-def test_mode_weights_by_hand() -> None:
-    assert_same(mode_weights(tensor([0.9, 0.1]), tensor([0.5, 0.5])), tensor([1.8, 0.2]))
-
-
 # ---- all of it under a method's settings -------------------------------------------------------------------------
 
 
@@ -367,7 +362,7 @@ def expected_gradient(
             given, _ = per_mode_advantages(rewards, modes, found, policy[None])
         else:
             given = group_advantages(rewards)
-        rho = mode_weights(policy[modes[0]], shares[modes[0]]) if exact else torch.ones(group, dtype=torch.float64)
+        rho = policy[modes[0]] / shares[modes[0]] if exact else torch.ones(group, dtype=torch.float64)
         weights = token_weights(torch.ones(group, 1), torch.ones(group).bool(), group, control=rho, decoupled=True)
         new = torch.log_softmax(logits, 0)[columns][modes[0]][:, None]
         loss = policy_loss(new, new.detach(), given.view(-1, 1), weights, epsilon_low=0.2, epsilon_high=0.2)

@@ -241,7 +241,7 @@ def test_a_control_token_in_the_data(refused: Callable, name: str, row: int) -> 
     """Anywhere in it: such a prompt decides its mode, and there is no second look after the start."""
     write_rows("validation.jsonl", questions(90, 2000))
     put(name, row, "please <think> first")
-    refused("files.yaml", "data.validation.path=validation.jsonl", names=("'<think>'", "please"))
+    refused("files.yaml", "data.validation.path=validation.jsonl", names=("'<think>'", f"{name}:{row + 1}"))
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------

@@ -233,7 +233,7 @@ def test_a_prompt_ends_where_the_control_token_goes(template: str, prompt: str) 
         )
         assert text == prompt, "no switch of the template decides the mode"
     assert prompt_ids(tokenizer, USER) == tokenizer.encode(prompt, add_special_tokens=False)
-    check_prompts(tokenizer, two_modes(tokenizer), [USER])
+    check_prompts(tokenizer, two_modes(tokenizer), {"user": prompt_ids(tokenizer, USER)})
 
 
 @pytest.mark.parametrize("template", [QWEN3, QWEN_OPEN, R1])
@@ -298,7 +298,7 @@ def test_a_template_is_cut_or_refused(generation: str) -> None:
     tokenizer.chat_template = TURNS + generation
     try:
         prepare_tokenizer(tokenizer, TOKENS)
-        check_prompts(tokenizer, two_modes(tokenizer), [USER])
+        check_prompts(tokenizer, two_modes(tokenizer), {"user": prompt_ids(tokenizer, USER)})
     except ModelError:
         return
     assert tokenizer.apply_chat_template(USER, add_generation_prompt=True, tokenize=False) == CHATML_PROMPT
@@ -310,7 +310,7 @@ def test_the_embedded_template_needs_no_cut() -> None:
     (example,) = calc_examples(1)
     ids = prompt_ids(tokenizer, messages(example))
     assert tokenizer.convert_ids_to_tokens(ids) == [*example.query.split(), "<q>"]
-    check_prompts(tokenizer, two_modes(tokenizer), [messages(example)])
+    check_prompts(tokenizer, two_modes(tokenizer), {"example": prompt_ids(tokenizer, messages(example))})
 
 
 # ---- proofs at start-up --------------------------------------------------------------------------------------------
@@ -319,15 +319,17 @@ def test_the_embedded_template_needs_no_cut() -> None:
 def test_a_prompt_that_holds_a_control_token_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     prepare_tokenizer(tokenizer, TOKENS)
     bad = [{"role": "user", "content": "say <think> please"}]
-    with pytest.raises(ModelError, match="prompt 'say <think> please' already holds the control token '<think>'"):
-        check_prompts(tokenizer, two_modes(tokenizer), [USER, bad])
+    with pytest.raises(ModelError, match="row 7: the prompt already holds the control token '<think>'"):
+        check_prompts(
+            tokenizer, two_modes(tokenizer), {"good": prompt_ids(tokenizer, USER), "row 7": prompt_ids(tokenizer, bad)}
+        )
 
 
 def test_a_control_token_that_is_not_one_id_is_refused() -> None:
     tokenizer = byte_level()
     modes = Modes([Mode("short", "<short>", 5, 4), Mode("think", "<think>", 6, 4)])
     with pytest.raises(ModelError, match=r"modes\.short: '<short>' does not encode to the single id 5"):
-        check_prompts(tokenizer, modes, [])
+        check_prompts(tokenizer, modes, {})
 
 
 def test_stages_must_see_the_same_ids() -> None:
@@ -393,7 +395,7 @@ def test_three_modes_go_the_whole_way(tokenizer: PreTrainedTokenizerFast) -> Non
     modes = build_modes(sections, tokenizer)
     assert modes.names == THREE.names
     assert [tokenizer.decode([mode.token_id], skip_special_tokens=True) for mode in modes] == tokens
-    check_prompts(tokenizer, modes, [USER])
+    check_prompts(tokenizer, modes, {"user": prompt_ids(tokenizer, USER)})
     model = tiny_llama(len(tokenizer), tied=True)
     prompts = [prompt_ids(tokenizer, USER), prompt_ids(tokenizer, [{"role": "user", "content": "1"}])]
     log_policy, mass = mode_policy(model, prompts, modes, temperature=1.0, batch_size=2, pad_id=0, device="cpu")
