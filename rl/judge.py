@@ -39,7 +39,7 @@ class Judge:
             responses: Ids after the control token.
             names, answers: Verifier and reference of each response.
         """
-        texts = self.tokenizer.batch_decode(list(responses), skip_special_tokens=True)
+        texts = [self.tokenizer.decode(response, skip_special_tokens=True) for response in responses]
         solutions = [solution_part(text, mode.answer_after) for text in texts]
         scores = score_solutions(self.verifiers, names, solutions, answers)
         self.reasons.update(scores.reasons)

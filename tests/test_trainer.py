@@ -230,3 +230,13 @@ def test_nan_is_shown_in_the_log(tmp_path):
 def test_settings_without_effect_are_refused(tmp_path, settings):
     with pytest.raises(RecipeError, match=next(iter(settings))):
         build(tmp_path, **settings)
+
+
+def test_a_batch_in_which_no_rollout_has_a_mode_is_scored(tmp_path):
+    """What a collapsed policy that draws freely gives."""
+    trainer = build(tmp_path, **METHODS["thinkless"])
+    group = trainer.reward_function
+    think, end = trainer.modes[1].token_id, trainer._tokenizer.eos_token_id
+    rewards = group(prompts=["?"] * 4, completion_ids=[[think, end]] * 4, answer=["1"] * 4, verifier=["exact"] * 4)
+    assert len(rewards) == 4
+    assert group.outcomes[:, 2].tolist() == [1.0] * 4
