@@ -64,6 +64,9 @@ class DeGRPOConfig(GRPOConfig):
         default=True, metadata={"help": "False: plain GRPO, the control token weighs as any other, 1 / (T + 1)."}
     )
     alpha: float = field(default=1.0, metadata={"help": "Weight of the control token's term."})
+    mass_weight: float = field(
+        default=1.0, metadata={"help": "Weight of - log mass, which keeps first-token probability on control tokens."}
+    )
     tau: float = field(default=0.1, metadata={"help": "Mode target: price of certainty, in reward units."})
     tau_start: float | None = field(
         default=None, metadata={"help": "Anneal tau linearly from here to `tau` over the first half of the run."}
@@ -135,5 +138,6 @@ def check_method(config: DeGRPOConfig, num_modes: int) -> None:
         value = getattr(config, name)
         if value is not None and not value > 0:
             raise RecipeError(f"rl.{name}: {value} must be positive")
-    if not config.value_shrinkage >= 0:
-        raise RecipeError(f"rl.value_shrinkage: {config.value_shrinkage} must be 0 or more")
+    for name in ("value_shrinkage", "mass_weight", "price_per_token"):
+        if not getattr(config, name) >= 0:
+            raise RecipeError(f"rl.{name}: {getattr(config, name)} must be 0 or more")

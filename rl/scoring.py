@@ -1,9 +1,9 @@
-"""Log-probabilities of completions in one forward pass: every completion token, and all control tokens at position 0.
+"""Log-probabilities of completions in one forward pass: response tokens, the mode policy, the mass on control tokens.
 
-All of them are over the whole vocabulary. Rollouts choose among the control tokens only, so what counts for the choice
-is their distribution renormalised over themselves (`Modes.log_policy`); but a loss on the renormalised distribution
-alone lets probability leak to other tokens (measured: mass 0.998 to 0.62 in 50 steps), and then a server that does not
-restrict the first token answers in no mode at all.
+Rollouts choose among the control tokens only. So the acting policy at position 0 is their distribution renormalised
+over themselves, and its logarithm is what stands in column 0: only that is an unbiased policy gradient. What the
+renormalised policy cannot see is how much probability the control tokens hold together; that is the mass, and it has
+a loss term of its own.
 """
 
 from dataclasses import dataclass
@@ -19,14 +19,16 @@ class TokenScores:
     """Scores of B completions of T tokens.
 
     Args:
-        per_token_logps: Log-probability of each completion token, control token first, shape (B, T).
+        per_token_logps: Shape (B, T); column 0 is log pi(m_i given x_i), the others are over the vocabulary.
         entropies: Of the full distribution at each token, shape (B, T), without gradient.
-        control_logps: Log-probability of every mode's control token at position 0, shape (B, M).
+        mode_logps: log pi(m given x_i), shape (B, M).
+        log_mass: Log-probability that position 0 holds a control token, shape (B,).
     """
 
     per_token_logps: torch.Tensor
     entropies: torch.Tensor
-    control_logps: torch.Tensor
+    mode_logps: torch.Tensor
+    log_mass: torch.Tensor
 
 
 def score_completions(
@@ -52,7 +54,10 @@ def score_completions(
     )
     logits = output.logits[:, :-1].float() / temperature  # the last position predicts nothing we hold
     all_logps = torch.log_softmax(logits, dim=-1)
-    per_token_logps = all_logps.gather(-1, completion_ids[..., None]).squeeze(-1)
+    response_logps = all_logps[:, 1:].gather(-1, completion_ids[:, 1:, None]).squeeze(-1)
+    log_mass = torch.logsumexp(all_logps[:, 0, modes.token_ids], dim=-1)
+    mode_logps = modes.log_policy(logits[:, 0])
+    chosen = mode_logps.gather(1, modes.of(completion_ids)[:, None])
     with torch.no_grad():
         entropies = -(all_logps.exp() * all_logps).sum(-1)
-    return TokenScores(per_token_logps, entropies, all_logps[:, 0, modes.token_ids])
+    return TokenScores(torch.cat([chosen, response_logps], dim=1), entropies, mode_logps, log_mass)

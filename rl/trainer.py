@@ -19,7 +19,7 @@ from siesta.rl.advantages import Credit, Rollouts, assign_credit, kl_weights, to
 from siesta.rl.config import DeGRPOConfig, check_method
 from siesta.rl.generation import mode_policy, replaced
 from siesta.rl.judge import Judge, RewardFunction
-from siesta.rl.loss import kl_loss, mode_target_loss, policy_loss, token_ratio
+from siesta.rl.loss import kl_loss, mass_loss, mode_target_loss, policy_loss, token_ratio
 from siesta.rl.metrics import rollout_metrics
 from siesta.rl.modes import Modes
 from siesta.rl.rollout import ModePlan, annealed_floor, draw_modes
@@ -160,6 +160,7 @@ class DeGRPOTrainer(GRPOTrainer):
         batch["weights"] = token_weights(
             mask, scorable, num_rollouts, control=control.to(mask.device), decoupled=self.method.decoupled
         )
+        batch["mass_weights"] = self.method.mass_weight * scorable.float() / max(num_rollouts, 1.0)
         batch["kl_weights"] = kl_weights(mask, scorable, num_rollouts)
         if given.targets is not None:
             batch["mode_targets"] = given.targets[own].to(mask.device)
@@ -190,7 +191,8 @@ class DeGRPOTrainer(GRPOTrainer):
         clip = {"epsilon_low": self.epsilon_low, "epsilon_high": self.epsilon_high}
         loss = policy_loss(new, old, inputs["advantages"], weights, **clip)
         if "mode_targets" in inputs:
-            loss = loss + mode_target_loss(scores.control_logps, inputs["mode_targets"], inputs["mode_target_weights"])
+            loss = loss + mode_target_loss(scores.mode_logps, inputs["mode_targets"], inputs["mode_target_weights"])
+        loss = loss + mass_loss(scores.log_mass, inputs["mass_weights"])
         kl = new.new_zeros(())
         if self.beta != 0.0:
             kl = kl_loss(new, inputs["ref_per_token_logps"], inputs["kl_weights"])

@@ -27,6 +27,11 @@ TEMPERATURE = 0.7
 Rows = list[tuple[list[int], list[int]]]  # prompt, completion
 
 
+def control_logps(scores: TokenScores) -> torch.Tensor:
+    """Log-probability of every control token at position 0 over the whole vocabulary, (B, M)."""
+    return scores.mode_logps + scores.log_mass[:, None]
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = build_tokenizer()
@@ -94,7 +99,8 @@ def assert_same_rows(found: TokenScores, model: PreTrainedModel, rows: Rows, mod
         alone, real = score(model, [row], modes, 0), len(row[1])
         assert_close(found.per_token_logps[i, :real], alone.per_token_logps[0])
         assert_close(found.entropies[i, :real], alone.entropies[0])
-        assert_close(found.control_logps[i], alone.control_logps[0])
+        assert_close(found.mode_logps[i], alone.mode_logps[0])
+        assert_close(found.log_mass[i], alone.log_mass[0])
 
 
 # ---- scoring -----------------------------------------------------------------------------------------------------
@@ -120,18 +126,19 @@ def test_scores_of_a_row_do_not_depend_on_its_batch(
 
 
 def test_scores_are_those_of_a_plain_forward_pass(model: PreTrainedModel, modes: Modes, rows: Rows) -> None:
-    """Token t is predicted by the logits before it, over the whole vocabulary, at the temperature."""
+    """Logits before token t predict it, at the temperature; the control token among the control tokens only."""
     for prompt, completion in rows:
         found = score(model, [(prompt, completion)], modes, 0)
         with torch.no_grad():
             logits = model(torch.tensor([prompt + completion])).logits[0] / TEMPERATURE
         logps = logits.log_softmax(-1)[len(prompt) - 1 : -1]
         expected = logps[range(len(completion)), completion]
+        expected[0] -= logps[0, modes.token_ids].logsumexp(0)
         torch.testing.assert_close(found.per_token_logps[0].double(), expected, rtol=0, atol=3e-6)
-        torch.testing.assert_close(found.control_logps[0].double(), logps[0, modes.token_ids], rtol=0, atol=3e-6)
+        torch.testing.assert_close(control_logps(found)[0].double(), logps[0, modes.token_ids], rtol=0, atol=3e-6)
         entropies = torch.distributions.Categorical(logits=logps).entropy()
         torch.testing.assert_close(found.entropies[0].double(), entropies, rtol=0, atol=3e-6)
-        assert found.per_token_logps[0, 0] == found.control_logps[0, modes.token_ids.index(completion[0])]
+        assert found.per_token_logps[0, 0] == found.mode_logps[0, modes.token_ids.index(completion[0])]
 
 
 def test_scores_by_hand(modes: Modes) -> None:
@@ -148,8 +155,9 @@ def test_scores_by_hand(modes: Modes) -> None:
 
     ids, mask = torch.tensor([[0, 0, 9, 8, think, 6]]), torch.tensor([[0, 0, 1, 1, 1, 1]])
     found = score_completions(cast(torch.nn.Module, model), ids, mask, 2, modes, 2.0)
-    assert_close(found.per_token_logps, torch.tensor([[0.25, 0.1]]).log())
-    assert_close(found.control_logps, torch.tensor([[0.5, 0.25]]).log())
+    assert_close(found.per_token_logps, torch.tensor([[1 / 3, 0.1]]).log())
+    assert_close(found.log_mass, torch.tensor([0.75]).log())
+    assert_close(control_logps(found), torch.tensor([[0.5, 0.25]]).log())
     assert asked["input_ids"] is ids
     assert asked["attention_mask"] is mask
     assert asked["position_ids"].tolist() == [[0, 0, 0, 1, 2, 3]]
@@ -161,7 +169,7 @@ def test_a_batch_without_its_mask_scores_otherwise(model: PreTrainedModel, modes
     ids, mask, length = pad(rows, 0, left=3)
     masked = score_completions(model, ids, mask, length, modes, TEMPERATURE)
     open_wide = score_completions(model, ids, torch.ones_like(mask), length, modes, TEMPERATURE)
-    assert (masked.control_logps - open_wide.control_logps).abs().max() > 1e-2
+    assert (control_logps(masked) - control_logps(open_wide)).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("model", ["gpt2"], indirect=True)
@@ -172,7 +180,7 @@ def test_positions_that_count_padding_score_otherwise(
     right = score(model, rows, modes, 0, left=3)
     monkeypatch.setattr(scoring, "positions", lambda mask: torch.arange(mask.shape[1]).expand_as(mask))
     shifted = score(model, rows, modes, 0, left=3)
-    assert (right.control_logps - shifted.control_logps).abs().max() > 1e-2
+    assert (control_logps(right) - control_logps(shifted)).abs().max() > 1e-2
 
 
 def loss_of(model: PreTrainedModel, rows: Rows, modes: Modes, number: int, *, left: int = 0, right: int = 0):
@@ -184,7 +192,7 @@ def loss_of(model: PreTrainedModel, rows: Rows, modes: Modes, number: int, *, le
     weights = token_weights(mask, everyone, number, control=torch.full((len(rows),), 0.3), decoupled=True)
     loss = policy_loss(new, new.detach(), advantages, weights, epsilon_low=0.2, epsilon_high=0.2)
     targets = torch.tensor([[0.2, 0.8]]).repeat(len(rows), 1)
-    loss = loss + mode_target_loss(scores.control_logps, targets, torch.full((len(rows),), 1 / number))
+    loss = loss + mode_target_loss(scores.mode_logps, targets, torch.full((len(rows),), 1 / number))
     return loss + 0.1 * kl_loss(new, new.detach() - 0.5, kl_weights(mask, everyone, number))
 
 
@@ -221,9 +229,9 @@ def test_mode_policy_is_the_renormalised_first_position(
     )
     ids, mask, length = pad(rows, 0)
     scores = score_completions(model, ids, mask, length, modes, temperature)
-    assert_close(log_policy, torch.log_softmax(scores.control_logps.detach(), dim=1))
+    assert_close(log_policy, scores.mode_logps.detach())
     plain = score_completions(model, ids, mask, length, modes, 1.0)
-    assert_close(mass, plain.control_logps.detach().exp().sum(1))
+    assert_close(mass, plain.log_mass.detach().exp())
     assert (log_policy.exp().sum(1) - 1).abs().max() < 1e-6
     assert log_policy[:, 0].std() > 1e-2  # the prompts differ, so a mix-up of rows would show
 

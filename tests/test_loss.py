@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from siesta.rl.advantages import group_advantages, kl_weights, per_mode_advantages, token_weights
-from siesta.rl.loss import kl_loss, mode_target_loss, policy_loss, token_ratio
+from siesta.rl.loss import kl_loss, mass_loss, mode_target_loss, policy_loss, token_ratio
 
 assert_same = partial(torch.testing.assert_close, rtol=0.0, atol=1e-10)
 CLIP = {"epsilon_low": 0.2, "epsilon_high": 0.3}
@@ -305,7 +305,7 @@ def test_mode_target_of_weight_zero_may_be_anything(junk: float) -> None:
 
 
 @pytest.mark.parametrize("junk", [-math.inf, math.nan])
-def test_control_logps_of_weight_zero_may_be_anything(junk: float) -> None:
+def test_mode_logps_of_weight_zero_may_be_anything(junk: float) -> None:
     """The rule of the other two terms, for the third: a row of weight 0 takes no part, whatever its probability."""
     logps = tensor([[math.log(0.25), math.log(0.5)], [junk, -1.0]]).requires_grad_()
     loss = mode_target_loss(logps, tensor([[0.75, 0.25], [0.5, 0.5]]), tensor([0.5, 0.0]))
@@ -551,3 +551,26 @@ def test_the_same_splits_leave_our_loss_alone(seed: int) -> None:
     order = batch["lengths"].argsort()
     for split in ([torch.arange(16)], list(torch.arange(16).split(8)), [order[:4], order[4:9], order[9:]]):
         assert_same_step(theta, batch, torch.stack([loss_of(theta, take(batch, rows)) for rows in split]).sum())
+
+
+def test_mass_loss_by_hand_and_its_gradient() -> None:
+    """Weights 0.5 and 0.25 on masses 0.8 and 0.5: -(0.5 ln 0.8 + 0.25 ln 0.5); a row of weight 0 may hold anything."""
+    log_mass = tensor([math.log(0.8), math.log(0.5), -math.inf]).requires_grad_()
+    loss = mass_loss(log_mass, tensor([0.5, 0.25, 0.0]))
+    assert loss.item() == pytest.approx(-(0.5 * math.log(0.8) + 0.25 * math.log(0.5)), abs=1e-12)
+    loss.backward()
+    assert log_mass.grad is not None
+    assert log_mass.grad.tolist() == [-0.5, -0.25, 0.0]
+
+
+def test_targets_and_mass_together_are_the_cross_entropy_over_the_vocabulary() -> None:
+    """CE(pi*, p) over all tokens = CE(pi*, pi) - log mass, so its gradient on the logits is p - pi*."""
+    logits = tensor([0.3, -1.0, 2.0, 0.5]).requires_grad_()
+    target, weight = tensor([0.7, 0.3]), tensor([1.0])
+    control = logits[:2]
+    log_mass = control.logsumexp(0) - logits.logsumexp(0)
+    loss = mode_target_loss(control.log_softmax(0)[None], target[None], weight) + mass_loss(log_mass[None], weight)
+    loss.backward()
+    expected = logits.detach().softmax(0) - torch.cat([target, tensor([0.0, 0.0])])
+    assert logits.grad is not None
+    torch.testing.assert_close(logits.grad, expected, rtol=0, atol=1e-12)
