@@ -39,8 +39,10 @@ class Judge:
             responses: Ids after the control token.
             names, answers: Verifier and reference of each response.
         """
-        texts = [self.tokenizer.decode(response, skip_special_tokens=True) for response in responses]
-        solutions = [solution_part(text, mode.answer_after) for text in texts]
+        solutions = [
+            solution_part(str(self.tokenizer.decode(response, skip_special_tokens=True)), mode.answer_after)
+            for response in responses
+        ]
         scores = score_solutions(self.verifiers, names, solutions, answers)
         self.reasons.update(scores.reasons)
         return scores.values

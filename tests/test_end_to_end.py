@@ -157,12 +157,15 @@ def test_lora_is_merged_in_the_export(tmp_path):
     exported = AutoModelForCausalLM.from_pretrained(run / "export")
     tokenizer = AutoTokenizer.from_pretrained(run / "export")
     torch.testing.assert_close(logits(exported, tokenizer), logits(adapted, tokenizer), atol=1e-5, rtol=1e-5)
-    built = AutoModelForCausalLM.from_pretrained(run / "model").get_input_embeddings().weight
     base = AutoModelForCausalLM.from_pretrained(run / "warmup")
-    short, think = base.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(["<short>", "<think>"])]
-    assert torch.equal(*built[tokenizer.convert_tokens_to_ids(["<short>", "<think>"])])  # both started at the mean
-    assert not torch.allclose(short, think)  # and the warm-up told them apart
+    assert torch.equal(*control_rows(AutoModelForCausalLM.from_pretrained(run / "model"), tokenizer))  # at the mean
+    assert not torch.allclose(*control_rows(base, tokenizer))  # and the warm-up told them apart
     assert not torch.equal(logits(base, tokenizer), logits(exported, tokenizer))
+
+
+def control_rows(model, tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
+    short, think = model.get_input_embeddings().weight[tokenizer.convert_tokens_to_ids(["<short>", "<think>"])]
+    return short, think
 
 
 def test_guard_can_stop_a_run(tmp_path, capsys):

@@ -1,13 +1,14 @@
 """DeGRPOTrainer against its definition: gradients, micro-batches, forced tokens, caps, unscorable rollouts."""
 
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 from datasets import Dataset
 
 from siesta.data.errors import RecipeError
-from siesta.data.prompts import messages
+from siesta.data.prompts import end_id, messages
 from siesta.rl.config import DeGRPOConfig
 from siesta.rl.judge import Judge
 from siesta.rl.trainer import DeGRPOTrainer
@@ -63,11 +64,15 @@ def build(folder: Path, judge: Judge | None = None, **settings) -> DeGRPOTrainer
     return DeGRPOTrainer(model=model, judge=judge or uneven_judge(), args=args, train_dataset=dataset())
 
 
+def policy(trainer: DeGRPOTrainer) -> torch.nn.Module:
+    return cast(torch.nn.Module, trainer.model)
+
+
 def rollout_batch(trainer: DeGRPOTrainer, rows: int = 8) -> dict:
     """One generation batch, as the trainer would make it."""
-    trainer.model.train()
-    data = trainer.train_dataset
-    group = trainer.num_generations
+    policy(trainer).train()
+    data = cast(Dataset, trainer.train_dataset)
+    group = trainer.group
     inputs = [dict(data[i // group]) for i in range(rows)]
     return trainer._generate_and_score_completions(inputs)
 
@@ -75,10 +80,10 @@ def rollout_batch(trainer: DeGRPOTrainer, rows: int = 8) -> dict:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_trains_every_parameter_and_logs_every_mode(tmp_path, method):
     trainer = build(tmp_path, **METHODS[method])
-    before = parameters(trainer.model)
+    before = parameters(policy(trainer))
     trainer.train()
-    assert torch.isfinite(parameters(trainer.model)).all()
-    assert (parameters(trainer.model) != before).float().mean() > 0.5
+    assert torch.isfinite(parameters(policy(trainer))).all()
+    assert (parameters(policy(trainer)) != before).float().mean() > 0.5
     logs = trainer.state.log_history[0]
     for name in (
         "mode/short/prob",
@@ -116,14 +121,14 @@ def test_weights_add_up_to_their_global_counts(tmp_path):
 
 def loss_gradient(trainer: DeGRPOTrainer, batch: dict, splits: list[list[int]]) -> tuple[float, torch.Tensor]:
     """Loss and gradient of a batch computed in micro-batches."""
-    trainer.model.zero_grad()
+    policy(trainer).zero_grad()
     total = 0.0
     for rows in splits:
         part = {k: v[rows] for k, v in batch.items() if isinstance(v, torch.Tensor) and v.dim() > 0}
         loss = trainer._compute_loss(trainer.model, part)
         loss.backward()
         total += loss.item()
-    gradient = torch.cat([p.grad.flatten() for p in trainer.model.parameters() if p.grad is not None])
+    gradient = torch.cat([p.grad.flatten() for p in policy(trainer).parameters() if p.grad is not None])
     return total, gradient.clone()
 
 
@@ -146,13 +151,13 @@ def test_gradient_accumulation_takes_the_same_step(tmp_path):
     whole.train()
     split = build(tmp_path / "b", per_device_train_batch_size=4, gradient_accumulation_steps=2, **common)
     split.train()
-    torch.testing.assert_close(parameters(split.model), parameters(whole.model), atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(parameters(policy(split)), parameters(policy(whole)), atol=1e-6, rtol=1e-4)
 
 
 def test_rollouts_reused_for_several_steps_are_off_policy_and_clipped(tmp_path):
     trainer = build(tmp_path, num_iterations=4, max_steps=4, learning_rate=0.05, **METHODS["per_mode"])
     trainer.train()
-    assert torch.isfinite(parameters(trainer.model)).all()
+    assert torch.isfinite(parameters(policy(trainer))).all()
     clipped = [row.get("clip_ratio/low", 0) + row.get("clip_ratio/high", 0) for row in trainer.state.log_history]
     assert clipped[0] == 0  # the first pass is on policy
     assert max(clipped) > 0
@@ -211,7 +216,7 @@ def test_mode_targets_move_the_mode_policy_and_hold_the_mass(tmp_path):
 
 def test_nan_is_shown_in_the_log(tmp_path):
     trainer = build(tmp_path)
-    trainer.model.train()
+    policy(trainer).train()
     trainer._metrics["train"]["some/metric"] = [1.0, float("nan")]
     trainer.log({})
     assert trainer.state.log_history[-1]["some/metric"] != trainer.state.log_history[-1]["some/metric"]
@@ -236,7 +241,7 @@ def test_a_batch_in_which_no_rollout_has_a_mode_is_scored(tmp_path):
     """What a collapsed policy that draws freely gives."""
     trainer = build(tmp_path, **METHODS["thinkless"])
     group = trainer.reward_function
-    think, end = trainer.modes[1].token_id, trainer._tokenizer.eos_token_id
+    think, end = trainer.modes[1].token_id, end_id(trainer._tokenizer)
     rewards = group(prompts=["?"] * 4, completion_ids=[[think, end]] * 4, answer=["1"] * 4, verifier=["exact"] * 4)
     assert len(rewards) == 4
     assert group.outcomes[:, 2].tolist() == [1.0] * 4

@@ -4,6 +4,7 @@ mend the override named in the message, then move the pin in pyproject.toml."""
 import importlib.metadata
 import inspect
 import re
+from typing import Any, cast
 
 import pytest
 import torch
@@ -53,8 +54,12 @@ def test_none_log_probability_means_ratio_one():
 
 def test_batch_entries_are_shuffled_and_split_by_row():
     """Our weights (B, T) and targets (B, M) must follow their rollouts."""
-    batch = {"rows": torch.arange(6), "weights": torch.arange(6)[:, None].repeat(1, 3), "count": torch.tensor(6)}
-    parts = split_tensor_dict(shuffle_sequence_dict(batch), 3)
+    batch: dict[str, Any] = {
+        "rows": torch.arange(6),
+        "weights": torch.arange(6)[:, None].repeat(1, 3),
+        "count": torch.tensor(6),
+    }
+    parts: list[Any] = split_tensor_dict(cast(Any, shuffle_sequence_dict(batch)), 3)
     assert len(parts) == 3
     for part in parts:
         assert (part["weights"] == part["rows"][:, None]).all()
