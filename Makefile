@@ -40,6 +40,7 @@ smoke: setup
 	$(LAUNCH) recipes/smoke.yaml
 
 results-quickstart: setup
+	$(BIN)/python -m benchmarks.warmup
 	$(BIN)/python -m benchmarks.mode_selection
 
 clean:

@@ -35,12 +35,8 @@ def reached(row: dict) -> bool:
 
 
 def steps_to_criteria(rows: list[dict]) -> int | None:
-    """First validated step from which on all criteria hold to the end; None if they do not hold at the end."""
-    checked = [(row["step"], reached(row)) for row in rows if "validation/regret" in row]
-    since = None
-    for step, good in checked:
-        since = (step if since is None else since) if good else None
-    return since
+    """First validated step at which all criteria hold; None if there is none."""
+    return next((row["step"] for row in rows if "validation/regret" in row and reached(row)), None)
 
 
 def shares(row: dict) -> dict[str, float]:
