@@ -79,8 +79,8 @@ def mode_target_loss(mode_logps: torch.Tensor, targets: torch.Tensor, weights: t
 def mass_loss(log_mass: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """- weighted sum of the log mass on control tokens.
 
-    Nothing else holds that mass: rollouts never leave the control tokens. Without this term it leaked from 0.998 to
-    0.62 within 50 steps of mode targets, and a server that does not restrict the first token would answer in no mode.
+    Nothing else holds that mass: rollouts never leave the control tokens. Without this term it leaks to other tokens,
+    and a server that does not restrict the first token would answer in no mode.
 
     Args:
         log_mass: Shape (B,).
