@@ -117,7 +117,7 @@ def measure(arms: list[str], seeds: list[int], out: Path, workers: int) -> None:
     )
     fixed = ["warmup.enabled=false", "warmup.min_share=0.0", "warmup.stop={}"]
     fixed += ['rl.save_strategy="no"', "rl.guard.action=warn", "export.enabled=false", "evaluate.before=false"]
-    fixed += ["evaluate.every_items=80", "evaluate.every_samples=2"]
+    fixed += ["evaluate.every_items=320", "evaluate.every_samples=4"]
     run_all(
         [
             (RECIPE, arm, seed, [f"model.path={start_path(ARMS[arm][0], seed, out)}", *fixed, *ARMS[arm][1]], out)

@@ -211,7 +211,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: A file, or the name of a shipped recipe (`quickstart`).
-        overrides: `section.key=value`, value in YAML.
+        overrides: `section.key=value`, value in YAML; a mapping replaces the one in the file.
 
     Raises:
         RecipeError: One line with the file and the path of the key.
@@ -225,8 +225,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         written = OmegaConf.load(file)
         if not OmegaConf.is_dict(written):
             raise RecipeError(f"{file}: a recipe is a mapping of sections, this is a list")
-        merged = OmegaConf.merge(written, OmegaConf.from_dotlist(list(overrides)))
-        content = OmegaConf.to_container(merged, resolve=True)
+        for override in overrides:
+            key = override.partition("=")[0]
+            # Replaces, mappings too: merged, `warmup.stop={}` would change nothing.
+            OmegaConf.update(written, key, OmegaConf.select(OmegaConf.from_dotlist([override]), key), merge=False)
+        content = OmegaConf.to_container(written, resolve=True)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise RecipeError(f"{file}: {' '.join(str(error).split())}") from error
     except TypeError as error:  # what OmegaConf raises where a list meets a mapping

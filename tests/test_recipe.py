@@ -325,9 +325,14 @@ def test_overrides_win_and_the_last_one_most(load: Callable) -> None:
     assert recipe.modes["short"].token == "<short>"
 
 
-def test_an_override_replaces_one_level_weight(load: Callable) -> None:
-    text = MINIMAL.replace("task: calc", "task: calc, level_weights: {1: 2.0, 2: 1.0}")
-    assert load("data.level_weights={1: 5}", text=text).data.level_weights == {1: 5.0, 2: 1.0}
+def test_an_override_replaces_a_mapping(load: Callable) -> None:
+    text = (
+        MINIMAL.replace("task: calc", "task: calc, level_weights: {1: 2.0, 2: 1.0}")
+        + "\nwarmup: {stop: {short: 0.9}}\n"
+    )
+    assert load("data.level_weights={1: 5}", text=text).data.level_weights == {1: 5.0}
+    assert load("warmup.stop={}", text=text).warmup.stop == {}
+    assert load("warmup.stop.think=0.8", text=text).warmup.stop == {"short": 0.9, "think": 0.8}
 
 
 @pytest.mark.parametrize(
