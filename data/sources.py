@@ -29,6 +29,18 @@ def split_of(text: str) -> Split:
     return {0: "test", 1: "validation"}.get(bucket, "train")  # pyright: ignore[reportReturnType]
 
 
+def check_level_weights(key: str, task: str, level_weights: dict[int, float] | None) -> None:
+    """Raises DataError, with the recipe's `key`, unless the weights are of levels that `task` has."""
+    if level_weights is None:
+        return
+    levels = TASKS[task].MAX_LEVEL
+    unknown = [level for level in level_weights if not 1 <= level <= levels]
+    if unknown:
+        raise DataError(f"{key}: {task} has levels 1 to {levels}, not {sorted(unknown)}")
+    if min(level_weights.values(), default=0) < 0 or not sum(level_weights.values()) > 0:
+        raise DataError(f"{key}: shares of levels are at least 0, and one is more: {level_weights}")
+
+
 class TaskSource(Sequence[Example]):
     """`size` generated items of one split; item i depends on `seed + i` alone.
 
@@ -43,12 +55,7 @@ class TaskSource(Sequence[Example]):
     ):
         self.task, self.split, self.size, self.seed = task, split, size, seed
         self.levels = list(range(1, TASKS[task].MAX_LEVEL + 1))
-        unknown = set(level_weights or {}) - set(self.levels)
-        if unknown:
-            raise DataError(f"data.level_weights: {task} has levels 1 to {len(self.levels)}, not {sorted(unknown)}")
-        weights = (level_weights or {1: 1.0}).values()
-        if min(weights) < 0 or not sum(weights) > 0:
-            raise DataError(f"data.level_weights: shares of levels are at least 0, and one is more: {level_weights}")
+        check_level_weights("data.level_weights", task, level_weights)
         self.weights = [level_weights.get(level, 0.0) for level in self.levels] if level_weights else None
 
     def __len__(self) -> int:

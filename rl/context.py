@@ -52,6 +52,15 @@ class Context:
         return self.examples("train", self.recipe.data.train_size)
 
     @cached_property
+    def warmup_examples(self) -> list[Example]:
+        """The training examples, in the warm-up's own mix of levels if it has one."""
+        weights = self.recipe.warmup.level_weights
+        if weights is None:
+            return self.train_examples
+        section = self.recipe.data.model_copy(update={"level_weights": weights})
+        return load_examples(section, "train", section.train_size)
+
+    @cached_property
     def judge(self) -> Judge:
         names = {example.verifier for example in self.examples("test", self.recipe.evaluate.items)}
         names |= {example.verifier for example in self.examples("validation", self.recipe.warmup.check_items)}

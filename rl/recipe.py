@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from trl import SFTConfig
 
 from siesta.data.errors import RecipeError
+from siesta.data.sources import check_level_weights
 from siesta.rl.config import DeGRPOConfig
 
 # Fields of the TRL configs that belong to the run as a whole.
@@ -129,6 +130,7 @@ class WarmupSection(TrainerSection):
     enabled: bool = True
     pairing: Literal["paired", "cross"] = "cross"
     shares: dict[str, float] | None = None
+    level_weights: dict[int, float] | None = Field(default=None, description="Of a task; those of `data` if not set.")
     check_every: int = Field(default=100, ge=1)
     check_items: int = Field(default=160, ge=1)
     stop: dict[str, float] = {}
@@ -294,6 +296,10 @@ def check_modes(file: Path, recipe: Recipe) -> None:
     for key in recipe.warmup.stop:
         if "@" in key and not key.partition("@")[2].isdigit():
             raise RecipeError(f"{file}: warmup.stop.{key}: after @ stands a level, a whole number")
+    if recipe.warmup.level_weights is not None:
+        if recipe.data.task is None:
+            raise RecipeError(f"{file}: warmup.level_weights: belongs to a `data.task`")
+        check_level_weights("warmup.level_weights", recipe.data.task, recipe.warmup.level_weights)
     shares = (recipe.warmup.shares or {"": 1.0}).values()
     if min(shares) < 0 or not sum(shares) > 0:
         raise RecipeError(f"{file}: warmup.shares: shares are at least 0, and one is more")

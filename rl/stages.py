@@ -105,7 +105,7 @@ def warmup_trainer(context: Context, validation) -> SFTTrainer:
     """SFTTrainer on two-mode rows."""
     recipe, section = context.recipe, context.recipe.warmup
     rows = warmup_rows(
-        context.train_examples,
+        context.warmup_examples,
         context.judge,
         pairing=section.pairing,
         shares=section.shares,
@@ -129,7 +129,7 @@ def warmup_trainer(context: Context, validation) -> SFTTrainer:
 
 def check_first_batch(context: Context, trainer: SFTTrainer) -> None:
     """Prove on a real batch of the warm-up that the ids before the loss are those of data/prompts.py."""
-    count = min(CHECKED_PROMPTS, len(context.train_examples))
+    count = min(CHECKED_PROMPTS, len(context.warmup_examples))
     rows = [cast(Dataset, trainer.train_dataset)[i] for i in range(count)]
     batch = trainer.data_collator(rows)
     found = []
@@ -138,7 +138,7 @@ def check_first_batch(context: Context, trainer: SFTTrainer) -> None:
         assert ids[start] in context.modes.token_ids, row
         found.append(ids[:start])
     shown = len(context.modes) if context.recipe.warmup.pairing == "paired" else 1
-    expected = [ids for ids in context.prompts(context.train_examples[:count]) for _ in range(shown)][:count]
+    expected = [ids for ids in context.prompts(context.warmup_examples[:count]) for _ in range(shown)][:count]
     check_stage_ids("warm-up", expected, found)
 
 

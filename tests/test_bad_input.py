@@ -106,6 +106,8 @@ def test_negative_control_the_recipes_themselves_are_sound(recipe: str, capsys: 
         ("data.task=calk", ("data.task", "'calk'")),
         ("data.level_weights={9: 1}", ("data.level_weights",)),
         ("data.level_weights={1: 0}", ("data.level_weights",)),
+        ("warmup.level_weights={9: 1}", ("warmup.level_weights",)),
+        ("warmup.level_weights={1: -1, 2: 2}", ("warmup.level_weights",)),
         ("data.max_prompt_tokens=3", ("calc-train-0", "data.max_prompt_tokens 3")),
         ("data.verifier=exakt", ("verifier", "exakt")),  # a task brings its own: the setting would do nothing
         ("data.test.path=test.jsonl", ("data", "test")),  # likewise

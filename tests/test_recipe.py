@@ -413,3 +413,16 @@ def test_shipped_recipes_survive_the_dump(file: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy.yaml"
     copy.write_text(dump_recipe(recipe), encoding="utf-8")
     assert load_recipe(copy) == recipe
+
+
+# ---- levels of the warm-up -----------------------------------------------------------------------------------------
+
+
+def test_the_warm_up_may_have_its_own_mix_of_levels(load: Callable) -> None:
+    """RL keeps the mix of `data`; without a mix of its own, the warm-up takes the same examples."""
+    recipe = load("warmup.level_weights={2: 1}", "data.train_size=40")
+    context = Context(Run(recipe), lambda line: None)
+    assert {example.level for example in context.warmup_examples} == {2}
+    assert len({example.level for example in context.train_examples}) > 4
+    plain = Context(Run(load("data.train_size=40")), lambda line: None)
+    assert plain.warmup_examples is plain.train_examples
