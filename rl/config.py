@@ -31,6 +31,7 @@ REFUSED = {
     "top_k": "a truncated sampler is not the policy in the loss",
     "min_p": "a truncated sampler is not the policy in the loss",
     "repetition_penalty": "a penalised sampler is not the policy in the loss",
+    "ds3_gather_for_generation": "ranks write responses of their own length, so they need whole weights",
     "max_completion_length": "caps are per mode: modes.<name>.max_tokens",
     "num_generations_eval": "evaluation has its own section",
     "eval_strategy": "evaluation has its own section: evaluate.every",
@@ -76,6 +77,18 @@ class DeGRPOConfig(GRPOConfig):
     )
     price_per_token: float = field(default=0.0, metadata={"help": "Reward units paid per response token."})
     verifier_timeout: float = field(default=10.0, metadata={"help": "Seconds a verifier may take for one answer."})
+    attention: str = field(
+        default="auto", metadata={"help": "Of the training pass: `auto`, or a name of siesta.rl.attention.BACKENDS."}
+    )
+    profile: bool = field(
+        default=False, metadata={"help": "Write a torch profiler trace of two steps to <run>/rl/profile."}
+    )
+    compile_layers: bool = field(
+        default=True, metadata={"help": "torch.compile the layers for packed rows. Not under ZeRO-3."}
+    )
+    token_budget: int = field(
+        default=16_384, metadata={"help": "Tokens, prompts included, of one forward and backward pass on a device."}
+    )
 
     # Other defaults than TRL's.
     scale_rewards: str = field(

@@ -13,14 +13,17 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from siesta.rl.modes import Mode, Modes
 
+SEGMENT = 64  # tokens between two looks at which rows have ended
+
 
 @contextmanager
 def inference(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; the previous mode comes back afterwards."""
+    """Evaluation mode without gradients, nothing compiled; the previous mode comes back afterwards."""
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        # Layers compiled for the training pass would be compiled again for every shape of a cache.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         model.train(training)
@@ -86,20 +89,68 @@ def complete(
     Returns:
         Ids after the control token, end of sequence included unless the cap came first; in the order of `prompts`.
     """
-    sampling = {"do_sample": False} if temperature is None else {"do_sample": True, "temperature": temperature}
-    config = GenerationConfig(
-        **sampling, top_k=0, top_p=1.0, max_new_tokens=mode.max_tokens, pad_token_id=pad_id, eos_token_id=eos_id
-    )
+    config = sampling_config(temperature, pad_id, [eos_id])
     responses: list[list[int]] = [[] for _ in prompts]
     # `generate` fills what the given config leaves open from the model's own (a repetition penalty, say).
     with inference(model), replaced(model, "generation_config", GenerationConfig()):
         for batch in by_length(prompts, batch_size):
-            ids, mask = left_pad([[*prompts[i], mode.token_id] for i in batch], pad_id)
-            ids, mask = ids.to(model.device), mask.to(model.device)
-            output = cast(Any, model).generate(input_ids=ids, attention_mask=mask, generation_config=config)
-            for i, row in zip(batch, output[:, ids.shape[1] :].tolist(), strict=True):
-                responses[i] = cut_after_eos(row, [eos_id])
+            written = respond(cast(Any, model), [prompts[i] for i in batch], mode, config, [eos_id])
+            for i, response in zip(batch, written, strict=True):
+                responses[i] = response
     return responses
+
+
+def sampling_config(temperature: float | None, pad_id: int, eos_ids: list[int]) -> GenerationConfig:
+    """The model's own distribution at `temperature`; None is greedy."""
+    sampling = {"do_sample": False} if temperature is None else {"do_sample": True, "temperature": temperature}
+    return GenerationConfig(
+        **sampling, top_k=0, top_p=1.0, pad_token_id=pad_id, eos_token_id=eos_ids, return_dict_in_generate=True
+    )
+
+
+def respond(
+    model: Any, prompts: Sequence[list[int]], mode: Mode, config: GenerationConfig, eos_ids: Sequence[int]
+) -> list[list[int]]:
+    """Responses of one batch with `generate`, without work on rows that are not needed.
+
+    A prompt that several rows share is read once and its cache copied; rows that have ended leave the batch every
+    `SEGMENT` tokens.
+    """
+    unique = {prompt: place for place, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    ids, mask = (x.to(model.device) for x in left_pad(list(map(list, unique)), config.pad_token_id))
+    cache = model(
+        input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=True, logits_to_keep=1
+    ).past_key_values
+    rows = torch.tensor([unique[tuple(prompt)] for prompt in prompts], device=ids.device)
+    cache.reorder_cache(rows)
+    ids, mask = append(ids[rows], ids.new_tensor([[mode.token_id]] * len(rows)), mask[rows])
+    responses: list[list[int]] = [[] for _ in prompts]
+    going, left = list(range(len(prompts))), mode.max_tokens
+    while going and left > 0:
+        config.max_new_tokens = min(SEGMENT, left)
+        # Ranks have their own rows: each stops when it is done.
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            generation_config=config,
+            synced_gpus=False,
+        )
+        written = output.sequences[:, ids.shape[1] :]
+        for i, row in zip(going, written.tolist(), strict=True):
+            responses[i] += cut_after_eos(row, eos_ids)
+        kept = [place for place, i in enumerate(going) if responses[i][-1] not in eos_ids]
+        going, left = [going[place] for place in kept], left - SEGMENT
+        if going and left > 0:
+            keep = torch.tensor(kept, device=ids.device)
+            cache.reorder_cache(keep)
+            ids, mask = append(ids[keep], written[keep], mask[keep])
+    return responses
+
+
+def append(ids: torch.Tensor, more: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask with real tokens behind every row."""
+    return torch.cat([ids, more], dim=1), torch.cat([mask, mask.new_ones(more.shape)], dim=1)
 
 
 def mode_policy(

@@ -22,6 +22,7 @@ from siesta.rl.models import default_device, load_model, lora_config, make_model
 from siesta.rl.modes import check_stage_ids
 from siesta.rl.report import write_report
 from siesta.rl.run import write_atomically
+from siesta.rl.timing import Profile
 from siesta.rl.tracking import start_trackers
 from siesta.rl.trainer import DeGRPOTrainer
 from siesta.rl.warmup import IGNORED, StopOnAccuracy, accuracy_by_level, check_gate, warmup_rows
@@ -194,6 +195,9 @@ def rl_stage(context: Context) -> None:
         peft_config=lora_config(recipe.model.lora, train_embeddings=not recipe.warmup.enabled),
         callbacks=[guard],
     )
+    context.say(trainer.passes.line)
+    if trainer.method.profile:
+        trainer.add_callback(Profile(context.path / "rl" / "profile"))
     sample = context.train_examples[:CHECKED_PROMPTS]
     found, _, _ = trainer._tokenize_prompts([messages(example, recipe.data.instruction) for example in sample])
     check_stage_ids("rollout", context.prompts(sample), found)

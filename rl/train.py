@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 
 import datasets
+import torch
 from accelerate import PartialState
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
@@ -20,6 +21,7 @@ from siesta.data.errors import UserError
 from siesta.data.loading import check_splits
 from siesta.rl.config import check_method
 from siesta.rl.context import Context
+from siesta.rl.machine import check_machine
 from siesta.rl.models import lora_config
 from siesta.rl.modes import check_prompts
 from siesta.rl.recipe import Recipe, dump_recipe, load_recipe
@@ -40,6 +42,8 @@ def preflight(recipe: Recipe, context: Context) -> None:
     prompts = context.prompts(examples)
     names = [example.id for example in examples]
     check_prompts(context.tokenizer, context.modes, dict(zip(names, prompts, strict=True)))
+    longest = max(map(len, prompts)) + 1 + max(mode.max_tokens for mode in context.modes)
+    check_machine(rl_config(context), getattr(torch, recipe.model.dtype), longest)
     warmup_config(context)
     lora_config(recipe.model.lora, train_embeddings=True)
     context.judge.verifiers  # noqa: B018  builds every verifier that the examples name

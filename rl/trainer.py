@@ -4,26 +4,33 @@ What is overridden, and why (tests/test_trl_contract.py holds TRL to it):
 
 - `_generate_single_turn`: a control token is put behind each prompt, each mode is generated under its own cap.
 - `_get_per_token_logps_and_entropies`: old and reference log-probabilities come from the same function as the loss.
+- `_prepare_inputs`: a generation batch is split over ranks and micro-batches by tokens instead of rows.
 - `_generate_and_score_completions`: TRL's advantages are replaced by mode and response advantages, weights, targets.
-- `_compute_loss`: the sum of `rl/loss.py`.
+- `_compute_loss`: the sum of `rl/loss.py`, in as many passes as the token budget asks for.
 - `log`: means are taken without dropping NaN.
 """
 
 from typing import cast
 
 import torch
+from transformers import GenerationConfig
 from trl import GRPOTrainer
+from trl.models.utils import unwrap_model_for_generation
 
 from siesta.data.prompts import pad_id
 from siesta.rl.advantages import Credit, Rollouts, assign_credit, kl_weights, token_weights
 from siesta.rl.config import DeGRPOConfig, check_method
-from siesta.rl.generation import mode_policy, replaced
+from siesta.rl.engines import caps_per_mode, check_logp_gap
+from siesta.rl.generation import inference, mode_policy, replaced, respond, sampling_config
 from siesta.rl.judge import Judge, RewardFunction
 from siesta.rl.loss import kl_loss, mass_loss, mode_target_loss, policy_loss, token_ratio
 from siesta.rl.metrics import rollout_metrics
 from siesta.rl.modes import Modes
+from siesta.rl.passes import Passes
 from siesta.rl.rollout import ModePlan, annealed_floor, draw_modes
-from siesta.rl.scoring import score_completions
+from siesta.rl.scoring import TokenScores
+from siesta.rl.spread import Batch, sequence_lengths
+from siesta.rl.timing import OptimizerPhase, Phases
 
 
 class DeGRPOTrainer(GRPOTrainer):
@@ -48,6 +55,10 @@ class DeGRPOTrainer(GRPOTrainer):
         )
         self.method = args
         self.group = cast(int, args.num_generations)
+        self.passes = Passes(self)
+        self.phases = Phases(self.accelerator.device)
+        self.add_callback(OptimizerPhase(self.phases))
+        self._logged_step = 0
 
     # ---- rollouts ----------------------------------------------------------------------------------------------
 
@@ -78,52 +89,67 @@ class DeGRPOTrainer(GRPOTrainer):
         )
         return ModePlan(modes, log_policy[rows].exp(), sampled, mass[rows])
 
-    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
-        """Completions that open with the planned control token; one call of TRL's generator per mode."""
-        self._plan = self._plan_modes(prompt_ids)
-        completions: list[list[int]] = [[] for _ in prompt_ids]
-        logprobs: list[list | None] = [None for _ in prompt_ids]
-        for column, mode in enumerate(self.modes):
-            rows = (self._plan.modes == column).nonzero().flatten().tolist()
-            # Every rank makes the same calls (generation can be a collective): one without rows sends a throw-away.
-            asked = rows or ([0] if self.accelerator.num_processes > 1 else [])
-            if not asked:
-                continue
-            opened = [[*prompt_ids[i], mode.token_id] for i in asked]
-            with self._cap(mode.max_tokens):
-                # num_generations=1: with forced tokens the rows of a group differ, and vLLM must not fold them.
-                written, logps = super()._generate_single_turn(opened, images, multimodal_fields, 1, has_tool_images)
-            for place, i in enumerate(rows):
-                completions[i] = [mode.token_id, *written[place]]
-                # No log-probability for the forced token: TRL reads None as an importance ratio of 1.
-                logprobs[i] = None if logps is None else [None, *logps[place]]
-        return completions, (None if any(row is None for row in logprobs) else logprobs)
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        with self.phases("verify"):
+            return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
 
-    def _cap(self, max_tokens: int):
-        """Context in which generation stops after `max_tokens`."""
-        if self.use_vllm:
-            return replaced(self.vllm_generation, "max_completion_length", max_tokens)
-        return replaced(self.generation_config, "max_new_tokens", max_tokens)
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        """Completions that open with the planned control token; each within the cap of its mode."""
+        with self.phases("mode_plan", sum(map(len, set(map(tuple, prompt_ids))))):
+            self._plan = self._plan_modes(prompt_ids)
+        tokens = [self.modes.token_ids[column] for column in self._plan.modes.tolist()]
+        with self.phases("rollout"):
+            if self.use_vllm:
+                opened = [[*ids, token] for ids, token in zip(prompt_ids, tokens, strict=True)]
+                with caps_per_mode(self.vllm_generation, self.modes):
+                    # num_generations=1: with forced tokens the rows of a group differ, and vLLM must not fold them.
+                    written, logps = super()._generate_single_turn(opened, images, multimodal_fields, 1)
+            else:
+                written, logps = self._generate_locally(prompt_ids), None
+        self.phases.tokens["rollout"] += sum(map(len, written))
+        completions = [[token, *ids] for token, ids in zip(tokens, written, strict=True)]
+        # No log-probability for the forced token: TRL reads None as an importance ratio of 1.
+        return completions, None if logps is None else [[None, *row] for row in logps]
+
+    def _generate_locally(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+        """Responses with `generate`, mode by mode: a short one does not wait for a long one."""
+        eos_ids = cast(list[int], self.eos_token_ids)
+        config = sampling_config(self.temperature, pad_id(self._tokenizer), eos_ids)
+        responses: list[list[int]] = [[] for _ in prompt_ids]
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            inference(model),
+            replaced(model, "generation_config", GenerationConfig()),
+        ):
+            for column, mode in enumerate(self.modes):
+                rows = (self._plan.modes == column).nonzero().flatten().tolist()
+                written = respond(model, [prompt_ids[i] for i in rows], mode, config, eos_ids) if rows else []
+                for i, response in zip(rows, written, strict=True):
+                    responses[i] = response
+        return responses
 
     # ---- log-probabilities -------------------------------------------------------------------------------------
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **unused
     ):
-        """Log-probabilities and entropies of completions, in chunks of `batch_size`."""
-        size = batch_size or len(input_ids)
-        scores = [
-            score_completions(model, ids, mask, logits_to_keep, self.modes, self.temperature)
-            for ids, mask in zip(input_ids.split(size), attention_mask.split(size), strict=True)
-        ]
-        logps = torch.cat([score.per_token_logps for score in scores])
-        return logps, torch.cat([score.entropies for score in scores]), None
+        """Log-probabilities of completions, in as many passes as the token budget asks for."""
+        phase = "reference_logps" if model is self.ref_model else "old_logps"
+        with self.phases(phase, int(attention_mask.sum())):
+            return self.passes.log_probabilities(model, input_ids, attention_mask, logits_to_keep), None, None
 
     # ---- credit ------------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs):
         """TRL's rollout batch with our advantages and weights. Outcomes are gathered first: all counts are global."""
         batch = super()._generate_and_score_completions(inputs)
+        if gaps := self._current_metrics["sampling/sampling_logp_difference/mean"]:
+            check_logp_gap(gaps[-1])
         plan = self._plan
         own = torch.stack([plan.modes.float(), plan.importance, plan.mass], dim=1)
         local = torch.cat([self.reward_function.outcomes, own, plan.mode_probs], dim=1)
@@ -177,12 +203,43 @@ class DeGRPOTrainer(GRPOTrainer):
 
     # ---- loss --------------------------------------------------------------------------------------------------
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Forward and backward; the phases inside take their own time out of it."""
+        with self.phases("forward_backward"):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def _save_checkpoint(self, model, trial):
+        with self.phases("save"):
+            super()._save_checkpoint(model, trial)
+
+    def _prepare_inputs(self, generation_batch):
+        """The micro-batch at hand; a new generation batch is dealt out by tokens when the last one is used up."""
+        if not cast(torch.nn.Module, self.model).training:
+            return super()._prepare_inputs(generation_batch)
+        steps = cast(int, self.args.steps_per_generation)
+        if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
+            with self.phases("prepare"):
+                batch = self._generate_and_score_completions(generation_batch)
+                self._buffered_inputs = self.passes.deal(batch, seed=self.args.seed + self._step)
+        return self._buffered_inputs[self._step % steps]
+
     def _compute_loss(self, model, inputs):
         """Sum over this micro-batch of the weighted terms; the weights already hold every denominator."""
-        input_ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-        attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
-        length = inputs["completion_ids"].shape[1]
-        scores = score_completions(model, input_ids, attention_mask, length, self.modes, self.temperature)
+        sums = []  # of each pass, for the log
+        self.phases.tokens["forward_backward"] += sum(sequence_lengths(inputs))
+
+        def loss_of(rows: Batch) -> torch.Tensor:
+            loss, logged = self._pass_loss(self.passes.score(model, rows), rows)
+            sums.append(logged)
+            # Ranks average their gradients; N counts the rollouts of all of them.
+            return loss * self.accelerator.num_processes
+
+        loss = self.passes.accumulate(model, inputs, loss_of)
+        self._log_loss(torch.stack(sums).sum(0))
+        return loss
+
+    def _pass_loss(self, scores: TokenScores, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss of some rollouts, and the sums that `_log_loss` takes."""
         new, weights = scores.per_token_logps, inputs["weights"]
         old = inputs.get("old_per_token_logps")
         old = new.detach() if old is None else old
@@ -197,18 +254,16 @@ class DeGRPOTrainer(GRPOTrainer):
         if self.beta != 0.0:
             kl = kl_loss(new, inputs["ref_per_token_logps"], inputs["kl_weights"])
             loss = loss + self.beta * kl
-        self._log_loss(scores.entropies, token_ratio(new, old, weights).detach(), inputs, kl.detach())
-        # Ranks average their gradients; N counts the rollouts of all of them.
-        return loss * self.accelerator.num_processes
+        with torch.no_grad():
+            mask, advantages = inputs["completion_mask"][:, 1:], inputs["advantages"][:, 1:]
+            ratio = token_ratio(new, old, weights)[:, 1:]
+            low = (ratio < 1 - self.epsilon_low) & (advantages < 0)
+            high = (ratio > 1 + self.epsilon_high) & (advantages > 0)
+            logged = [mask.sum(), *((x * mask).sum() for x in (scores.entropies[:, 1:], low, high)), kl.detach()]
+            return loss, torch.stack([x.float() for x in logged])
 
-    @torch.no_grad()
-    def _log_loss(self, entropies: torch.Tensor, ratio: torch.Tensor, inputs: dict, kl: torch.Tensor) -> None:
+    def _log_loss(self, sums: torch.Tensor) -> None:
         """Entropy and clip ratios over response tokens of all ranks, and the KL term."""
-        mask, advantages = inputs["completion_mask"][:, 1:], inputs["advantages"][:, 1:]
-        ratio = ratio[:, 1:]
-        low = (ratio < 1 - self.epsilon_low) & (advantages < 0)
-        high = (ratio > 1 + self.epsilon_high) & (advantages > 0)
-        sums = torch.stack([mask.sum(), *((x * mask).sum() for x in (entropies[:, 1:], low, high)), kl])
         count, *totals, divergence = cast(torch.Tensor, self.accelerator.reduce(sums, reduction="sum")).tolist()
         metrics = self._current_metrics
         for name, total in zip(("entropy", "clip_ratio/low", "clip_ratio/high"), totals, strict=True):
@@ -222,4 +277,8 @@ class DeGRPOTrainer(GRPOTrainer):
         metrics = self._current_metrics
         logs.update({name: sum(values) / len(values) for name, values in metrics.items() if values})
         metrics.clear()
+        steps = self.state.global_step - self._logged_step
+        if steps and cast(torch.nn.Module, self.model).training:
+            self._logged_step = self.state.global_step
+            logs.update(self.passes.speed(self.phases.collect(steps), steps))
         super().log(logs, start_time)

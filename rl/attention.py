@@ -1,0 +1,250 @@
+"""Attention back ends for the training pass, and which of them this machine and this model can use.
+
+Packed rows need attention that knows where a sequence ends: FlashAttention, torch's own variable-length kernel, or
+FlexAttention. Everything else takes rows of similar length through scaled-dot-product attention (`sdpa`). The two that
+are registered here serve generation too: without sequence boundaries they are plain sdpa.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+from siesta.data.errors import RecipeError
+from siesta.rl.packing import Pack
+
+# True while a packed row goes through a model: the kernel gets the boundaries, so no S x S mask is built.
+_packed: ContextVar[bool] = ContextVar("packed", default=False)
+
+
+@contextmanager
+def packed_row() -> Iterator[None]:
+    """Inside, models are called with packed rows."""
+    token = _packed.set(True)
+    try:
+        yield
+    finally:
+        _packed.reset(token)
+
+
+def no_mask_when_packed(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """Mask function of the registered back ends."""
+    return None if _packed.get() else sdpa_mask(*args, **kwargs)
+
+
+def varlen_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """`torch.nn.attention.varlen` in transformers' attention interface; q, k, v have shape (1, heads, S, D)."""
+    if cu_seq_lens_q is None or max_length_q is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **kwargs
+        )
+    from torch.nn.attention.varlen import varlen_attn
+
+    # Rotary embeddings and norms may leave float32 under autocast; the kernel takes half precision only.
+    dtype = value.dtype
+    repeat = query.shape[1] // key.shape[1]
+    rows = [x[0].transpose(0, 1) for x in (query.to(dtype), key.to(dtype), value)]
+    query, key, value = (row.repeat_interleave(repeat if i else 1, dim=1) for i, row in enumerate(rows))
+    left = -1 if sliding_window is None else sliding_window - 1
+    output = varlen_attn(
+        query,
+        key,
+        value,
+        cu_seq_lens_q,
+        cu_seq_lens_q,
+        max_length_q,
+        max_length_q,
+        scale=scaling,
+        window_size=(left, 0),
+    )
+    return output[None], None
+
+
+def flex_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    block_mask: Any = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """FlexAttention in transformers' attention interface."""
+    if block_mask is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    compiled = _compiled_flex() if query.is_cuda else flex_attention
+    output = compiled(
+        query.to(value.dtype), key.to(value.dtype), value, block_mask=block_mask, scale=scaling, enable_gqa=True
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
+_compiled: list[Callable] = []
+
+
+def _compiled_flex() -> Callable:
+    """FlexAttention, compiled once for any length."""
+    if not _compiled:
+        _compiled.append(torch.compile(flex_attention, dynamic=True))
+    return _compiled[0]
+
+
+def boundaries(pack: Pack) -> dict[str, Any]:
+    """Where each sequence of a packed row begins and ends, as the flash kernels take it."""
+    ends = torch.nn.functional.pad(pack.lengths.cumsum(0), (1, 0)).to(torch.int32)
+    longest = int(pack.lengths.max())
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+
+
+def block_mask(pack: Pack) -> dict[str, Any]:
+    """Causal attention inside each sequence, as FlexAttention takes it."""
+    size = int(pack.lengths.sum())
+    sequence = torch.repeat_interleave(torch.arange(len(pack.lengths), device=pack.lengths.device), pack.lengths)
+
+    def same_and_before(batch: Any, head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return (sequence[query] == sequence[key]) & (query >= key)
+
+    mask = create_block_mask(same_and_before, None, None, size, size, device=sequence.device)
+    return {"block_mask": mask}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to attend in the training pass.
+
+    Args:
+        name: In recipes and logs.
+        implementation: `attn_implementation` of transformers.
+        packed: Whether rows are packed for it.
+        arguments: Keyword arguments of the model for a pack.
+        missing: Why this machine cannot run it; None if it can.
+    """
+
+    name: str
+    implementation: str
+    packed: bool
+    arguments: Callable[[Pack], dict[str, Any]]
+    missing: Callable[[str, torch.dtype], str | None]
+
+
+def _flash_missing(module: str, available: Callable[[], bool]) -> Callable[[str, torch.dtype], str | None]:
+    def missing(device: str, dtype: torch.dtype) -> str | None:
+        if device != "cuda":
+            return "needs a CUDA device"
+        if not available():
+            return f"the package {module} is not installed"
+        return None if dtype != torch.float32 else "computes in bf16 or fp16 only"
+
+    return missing
+
+
+def _varlen_missing(device: str, dtype: torch.dtype) -> str | None:
+    if device != "cuda":
+        return "needs a CUDA device"
+    if find_spec("torch.nn.attention.varlen") is None:
+        return f"torch {torch.__version__} does not have it"
+    return None if dtype != torch.float32 else "computes in bf16 or fp16 only"
+
+
+def _flex_missing(device: str, dtype: torch.dtype) -> str | None:
+    if device != "cuda":
+        return "needs a CUDA device"
+    return None if find_spec("triton") is not None else "the package triton is not installed"
+
+
+def _nothing(pack: Pack) -> dict[str, Any]:
+    return {}
+
+
+# In the order in which `auto` tries them.
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend(
+            "flash_attention_3",
+            "flash_attention_3",
+            True,
+            boundaries,
+            _flash_missing("flash_attn_interface", is_flash_attn_3_available),
+        ),
+        Backend(
+            "flash_attention_2",
+            "flash_attention_2",
+            True,
+            boundaries,
+            _flash_missing("flash_attn", is_flash_attn_2_available),
+        ),
+        Backend("varlen", "siesta_varlen", True, boundaries, _varlen_missing),
+        Backend("flex", "siesta_flex", True, block_mask, _flex_missing),
+        Backend("sdpa", "sdpa", False, _nothing, lambda device, dtype: None),
+    )
+}
+
+AttentionInterface.register("siesta_varlen", varlen_forward)
+AttentionInterface.register("siesta_flex", flex_forward)
+AttentionMaskInterface.register("siesta_varlen", no_mask_when_packed)
+AttentionMaskInterface.register("siesta_flex", no_mask_when_packed)
+
+
+def choose_backend(
+    wanted: str, device: str, dtype: torch.dtype, config: PreTrainedConfig | None = None
+) -> tuple[Backend, str]:
+    """The back end to use and a line that says why.
+
+    Args:
+        wanted: A name of `BACKENDS`, or `auto` for the first that can be used.
+        device: `cuda`, `cpu`, ...
+        dtype: What the model computes in.
+        config: Of the model, if at hand.
+
+    Raises:
+        RecipeError: `wanted` cannot be used.
+    """
+    if wanted not in BACKENDS and wanted != "auto":
+        raise RecipeError(f"rl.attention: {wanted!r} is not one of auto, {', '.join(BACKENDS)}")
+    reasons = []
+    for backend in BACKENDS.values() if wanted == "auto" else [BACKENDS[wanted]]:
+        reason = backend.missing(device, dtype) or unsuited(backend, config)
+        if reason is None:
+            skipped = f" ({'; '.join(reasons)})" if reasons else ""
+            return backend, f"attention: {backend.name}, {'packed' if backend.packed else 'sorted by length'}{skipped}"
+        reasons.append(f"{backend.name}: {reason}")
+    raise RecipeError(f"rl.attention: {reasons[0]}; use auto or sdpa")
+
+
+def unsuited(backend: Backend, config: PreTrainedConfig | None) -> str | None:
+    """Why a model with this config cannot run on the back end; None if it can."""
+    if config is None or not backend.packed:
+        return None
+    text = config.get_text_config().to_dict()
+    layers = set(text.get("layer_types") or ["full_attention"])
+    if recurrent := layers - {"full_attention", "sliding_attention"}:
+        return f"layers of type {', '.join(sorted(recurrent))} would carry state over sequence boundaries"
+    if text.get("attn_logit_softcapping") is not None and backend.name in ("varlen", "flex"):
+        return "does not cap attention logits"
+    if backend.name == "flex" and "sliding_attention" in layers:
+        return "has no sliding window here"
+    return None

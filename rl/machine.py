@@ -1,0 +1,40 @@
+"""What a recipe asks of the machine, checked before any model is loaded."""
+
+import torch
+
+from siesta.data.errors import RecipeError
+from siesta.rl.attention import choose_backend
+from siesta.rl.config import DeGRPOConfig
+from siesta.rl.engines import check_vllm
+from siesta.rl.models import default_device
+
+
+def compute_dtype(config: DeGRPOConfig, weights: torch.dtype) -> torch.dtype:
+    """What matrix products are computed in: mixed precision, or the weights' own."""
+    if config.bf16:
+        return torch.bfloat16
+    return torch.float16 if config.fp16 else weights
+
+
+def check_machine(config: DeGRPOConfig, weights: torch.dtype, longest: int) -> None:
+    """Refuse what this machine cannot run.
+
+    Args:
+        config: The `rl` section.
+        weights: In which the model is loaded.
+        longest: Tokens of the longest rollout there can be, prompt included.
+
+    Raises:
+        RecipeError: With the key to change.
+    """
+    device = default_device()
+    choose_backend(config.attention, device, compute_dtype(config, weights))
+    if config.use_vllm:
+        check_vllm()
+        if device != "cuda":
+            raise RecipeError("rl.use_vllm: needs a CUDA device, and there is none; set use_vllm: false")
+    if config.token_budget < longest:
+        raise RecipeError(
+            f"rl.token_budget: {config.token_budget} tokens do not hold the longest rollout, {longest} with its "
+            f"prompt; raise it to at least that, or lower modes.<name>.max_tokens"
+        )

@@ -1,0 +1,167 @@
+"""The training pass of DeGRPOTrainer: forward and backward passes of at most `token_budget` tokens.
+
+A micro-batch of the Trainer is a matter of bookkeeping; what fits into memory at once is a matter of tokens. So each
+is split again by tokens, and the passes add their gradients up before the Trainer sees the last one. Every rank makes
+as many passes as the rank that needs most: forward and backward can be collectives.
+"""
+
+from collections.abc import Callable
+from math import gcd
+from typing import TYPE_CHECKING, cast
+
+import torch
+from accelerate.utils import DistributedType
+from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from siesta.data.errors import ModelError
+from siesta.rl.attention import choose_backend
+from siesta.rl.generation import replaced
+from siesta.rl.machine import compute_dtype
+from siesta.rl.packing import sequence_costs, split_packed, split_sorted
+from siesta.rl.scoring import Scorer, TokenScores
+from siesta.rl.spread import Batch, select, sequence_lengths, spread
+from siesta.rl.timing import model_flops, peak_flops
+
+# Mean difference of log-probabilities between layouts, in nats a token; in bf16 rounding makes about 0.01.
+MAX_DISAGREEMENT = 0.1
+
+if TYPE_CHECKING:
+    from siesta.rl.trainer import DeGRPOTrainer
+
+
+class Passes:
+    """Runs the passes of a trainer; built when its models are."""
+
+    def __init__(self, trainer: "DeGRPOTrainer"):
+        self.accelerator = trainer.accelerator
+        self.args = trainer.method
+        models = [without_adapters(model) for model in (trainer.model, trainer.ref_model) if model is not None]
+        dtype = compute_dtype(self.args, models[0].dtype)
+        backend, self.line = choose_backend(self.args.attention, self.accelerator.device.type, dtype, models[0].config)
+        self.scorer = Scorer(trainer.modes, backend)
+        for model in models:
+            self.scorer.attach(model)
+        if self.args.compile_layers and backend.packed and not is_deepspeed_zero3_enabled():
+            for layer in (layer for model in models for layer in layers_of(model)):
+                layer.compile(dynamic=True)  # one graph for packs of any length
+            self.line += ", compiled layers"
+        self._checked = not backend.packed
+        self.config = models[0].config
+        self.peak_flops = peak_flops(self.accelerator.device, dtype)
+        self.flops = 0.0  # of the model in training passes since the last log
+        text = self.config.get_text_config()
+        # A transformer block has about 12 h^2 weights; attention over n tokens costs n (heads * head size) a token.
+        head = text.to_dict().get("head_dim") or text.hidden_size // text.num_attention_heads
+        self.tokens_per_doubling = 12 * text.hidden_size**2 / (text.num_attention_heads * head)
+
+    def costs(self, lengths: list[int]) -> list[float]:
+        """Work of sequences."""
+        return sequence_costs(lengths, self.tokens_per_doubling)
+
+    def deal(self, batch: Batch, seed: int) -> list[Batch]:
+        """The micro-batches of a generation batch; see `siesta.rl.spread.spread`."""
+        number = cast(int, self.args.steps_per_generation)
+        # Consecutive micro-batches that are sure to fall into the same optimizer step.
+        accumulation = gcd(number, self.args.gradient_accumulation_steps)
+        return spread(
+            batch,
+            self.accelerator,
+            steps=number // accumulation,
+            accumulation=accumulation,
+            costs=self.costs,
+            seed=seed,
+        )
+
+    def split(self, lengths: list[int]) -> list[list[int]]:
+        """Rows of each pass; as many passes on every rank, some of them perhaps without rows."""
+        budget = self.args.token_budget
+        if self.scorer.backend.packed:
+            parts = split_packed(lengths, self.costs(lengths), budget)
+        else:
+            parts = split_sorted(lengths, budget)
+        number = torch.tensor([len(parts)], device=self.accelerator.device)
+        most = int(cast(torch.Tensor, self.accelerator.gather(number)).max())
+        return parts + [[] for _ in range(most - len(parts))]
+
+    def score(self, model: torch.nn.Module, rows: Batch) -> TokenScores:
+        """Scores of a batch in one training pass."""
+        if self.peak_flops is not None:
+            self.flops += model_flops(self.config, sequence_lengths(rows), int(rows["completion_mask"].sum()))
+        ids, mask = with_prompts(rows)
+        with self.accelerator.autocast():
+            return self.scorer.score(model, self.scorer.lay_out(ids, mask, rows["completion_ids"].shape[1]))
+
+    def speed(self, times: dict[str, float], steps: int) -> dict[str, float]:
+        """`times` of a step of this rank, with its tokens per second and share of the chip's matrix units."""
+        trained = times.get("tokens/forward_backward", 0.0)
+        speed = {"speed/tokens_per_second": trained / times["time/step"]}
+        if self.peak_flops is not None and (seconds := times.get("time/forward_backward")):
+            speed["speed/mfu"] = self.flops / steps / seconds / self.peak_flops
+        self.flops = 0.0
+        return times | speed
+
+    def accumulate(
+        self, model: torch.nn.Module, batch: Batch, loss_of: Callable[[Batch], torch.Tensor]
+    ) -> torch.Tensor:
+        """Loss of a micro-batch. All passes but the last have gone backward when it returns; the last is its graph."""
+        self._check(model, batch)
+        *parts, last = self.split(sequence_lengths(batch))
+        done = torch.zeros((), device=self.accelerator.device)
+        # The Trainer scales the same way: DeepSpeed would divide by the accumulation steps once more.
+        scale = {"scale_wrt_gas": False} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {}
+        for rows in parts:
+            with self.accelerator.no_sync(model), replaced(self.accelerator, "sync_gradients", False):
+                loss = loss_of(select(batch, rows))
+                self.accelerator.backward(loss, **scale)
+            done += loss.detach()
+        return loss_of(select(batch, last)) + done
+
+    def _check(self, model: torch.nn.Module, batch: Batch) -> None:
+        """Compare packed with padded rows once: a back end that mixes sequences up would train without a complaint.
+
+        Raises:
+            ModelError: They differ by more than rounding.
+        """
+        if self._checked:
+            return
+        self._checked = True
+        lengths = sequence_lengths(batch)
+        rows = select(batch, sorted(range(len(lengths)), key=lambda i: lengths[i])[:4])
+        ids, mask = with_prompts(rows)
+        with self.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
+            gap = self.scorer.disagreement(model, ids, mask, rows["completion_ids"].shape[1])
+        if not gap <= MAX_DISAGREEMENT:
+            raise ModelError(
+                f"attention {self.scorer.backend.name}: packed rows score {gap:.3f} nats a token off padded ones "
+                f"for this model (at most {MAX_DISAGREEMENT}); set rl.attention: sdpa"
+            )
+
+    def log_probabilities(
+        self, model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_length: int
+    ) -> torch.Tensor:
+        """Log-probabilities of the last `completion_length` tokens of each row, (B, T), without gradient."""
+        logps = torch.zeros((len(input_ids), completion_length), device=input_ids.device)
+        for rows in self.split(attention_mask.sum(1).tolist()):
+            part = rows or [0]
+            with torch.no_grad(), self.accelerator.autocast():
+                pack = self.scorer.lay_out(input_ids[part], attention_mask[part], completion_length)
+                logps[part] = self.scorer.score(model, pack).per_token_logps
+        return logps
+
+
+def with_prompts(rows: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask of whole sequences, (B, P + T)."""
+    ids = torch.cat([rows["prompt_ids"], rows["completion_ids"]], dim=1)
+    return ids, torch.cat([rows["prompt_mask"], rows["completion_mask"]], dim=1)
+
+
+def layers_of(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The blocks that transformers would checkpoint one by one."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def without_adapters(model: torch.nn.Module) -> PreTrainedModel:
+    """The transformers model inside a peft model, or the model itself."""
+    return model if isinstance(model, PreTrainedModel) else cast(PreTrainedModel, model.get_base_model())
