@@ -30,7 +30,7 @@ def measure(
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     memory = dict.fromkeys(arms, 0.0)
     for repeat in range(warmups + repeats):
-        for name in list(arms) if repeat % 2 == 0 else reversed(arms):
+        for name in list(arms) if repeat % 2 == 0 else reversed(list(arms)):
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             synchronize(device)

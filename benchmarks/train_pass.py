@@ -12,6 +12,7 @@ import gc
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 from trl import GRPOTrainer
@@ -43,7 +44,7 @@ def siesta_gradients(trainer: DeGRPOTrainer, batch: dict) -> None:
 
 def step_of(trainer: GRPOTrainer, gradients: Callable, batch: dict) -> Callable[[], None]:
     """The whole pass, optimizer included."""
-    trainer.model.train()
+    cast(torch.nn.Module, trainer.model).train()
     optimizer = trainer.create_optimizer()
 
     def run() -> None:

@@ -94,60 +94,66 @@ class Worker:
 
 
 class IsolatedVerifier:
-    """The verifier at a dotted path, called in a worker process with `timeout` seconds for each call.
+    """The verifier at a dotted path, called in worker processes with `timeout` seconds for each call.
 
-    Raises ValueError at once when the path cannot be imported. `example` is a (solution, answer) pair scored while the
-    worker starts, for verifiers that import lazily. Calls from several threads take turns.
+    Raises ValueError at once when the path cannot be imported. `example` is a (solution, answer) pair scored while a
+    worker starts, for verifiers that import lazily. Calls from several threads run side by side in up to `workers`
+    processes, the first of which is started now and the others when they are needed; further calls wait their turn.
     """
 
-    def __init__(self, path: str, timeout: float, *, example: tuple[str, str] | None = None):
+    def __init__(self, path: str, timeout: float, *, workers: int = 1, example: tuple[str, str] | None = None):
         if not 0 < timeout < float("inf"):
             raise ValueError(f"verifier timeout must be a positive number of seconds, not {timeout}")
         self.path = path
         self.timeout = timeout
+        self.workers = workers
         self._arguments = [path, *(example or ())]
         self._folder = os.getcwd()  # a worker started later imports the same modules, wherever the program is by then
-        self._lock = threading.Lock()
-        self._worker: Worker | None = None
+        self._places = threading.BoundedSemaphore(workers)
+        self._idle: list[Worker] = []
         try:
-            self._start()
+            self._idle.append(self._start())
         except Unscorable as error:
             raise ValueError(f"verifier {path!r} cannot be loaded: {error.reason}") from None
 
     def __call__(self, solution: str, answer: str) -> float:
         message = json.dumps({"solution": solution, "answer": answer}).encode() + b"\n"
-        with self._lock:
-            if self._worker is not None and self._worker.process.poll() is not None:
-                self._stop()  # it died between two calls, which is no fault of this rollout
-            reply = self._exchange(self._worker or self._start(), message, self.timeout)
+        with self._places:
+            worker = self._take()
+            reply = self._exchange(worker, message, self.timeout)
+            self._idle.append(worker)  # one that failed is not: its late reply must never answer the next call
         if "failed" in reply:
             raise Unscorable(reply["failed"])
         return reply["score"]
 
+    def _take(self) -> Worker:
+        """An idle worker, or a new one; one that died between two calls is no fault of this rollout."""
+        while self._idle:
+            worker = self._idle.pop()
+            if worker.process.poll() is None:
+                return worker
+            worker.end()
+        return self._start()
+
     def _start(self) -> Worker:
-        worker = self._worker = Worker(self._arguments, self._folder)
+        worker = Worker(self._arguments, self._folder)
         reply = self._exchange(worker, b"", STARTUP_LIMIT)
         if "failed" in reply:
-            self._stop()
+            worker.end()
             raise Unscorable(reply["failed"])
         return worker
 
     def _exchange(self, worker: Worker, message: bytes, limit: float) -> dict[str, Any]:
         try:
             return worker.exchange(message, limit)
-        except BaseException:  # KeyboardInterrupt as well: a late reply must never answer the next call
-            self._stop()
+        except BaseException:  # KeyboardInterrupt as well
+            worker.end()
             raise
 
-    def _stop(self) -> None:
-        if self._worker is not None:
-            self._worker.end()
-            self._worker = None
-
     def close(self) -> None:
-        """End the worker now instead of at interpreter exit. A later call would start a new one."""
-        with self._lock:
-            self._stop()
+        """End idle workers now instead of at interpreter exit. A later call would start a new one."""
+        while self._idle:
+            self._idle.pop().end()
 
     def __enter__(self) -> Self:
         return self

@@ -7,6 +7,7 @@ between 0 and 1, tokens may have a price, and a rollout whose verifier failed ha
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from siesta.rewards.score import Unscorable, Verifier, as_score
@@ -37,18 +38,33 @@ def mode_reward(score: float, table: RewardTable, *, tokens: int, price_per_toke
 
 
 def score_solutions(
-    verifiers: Mapping[str, Verifier], names: Sequence[str], solutions: Sequence[str], answers: Sequence[str]
+    verifiers: Mapping[str, Verifier],
+    names: Sequence[str],
+    solutions: Sequence[str],
+    answers: Sequence[str],
+    *,
+    threads: int = 1,
 ) -> Scores:
-    """Score each solution against its answer with the verifier its example names."""
+    """Score each solution against its answer with the verifier its example names.
+
+    `threads` calls run side by side, which helps verifiers that work in processes of their own.
+    """
     missing = sorted(set(names) - set(verifiers))
     if missing:
         raise ValueError(f"no verifier was built for {', '.join(missing)}")
-    values: list[float | None] = []
-    reasons: Counter[str] = Counter()
-    for name, solution, answer in zip(names, solutions, answers, strict=True):
+
+    def score(row: tuple[str, str, str]) -> float | str:
+        name, solution, answer = row
         try:
-            values.append(as_score(verifiers[name](solution, answer)))
+            return as_score(verifiers[name](solution, answer))
         except Unscorable as error:
-            values.append(None)
-            reasons[f"{name}: {error.reason}"] += 1
-    return Scores(values, reasons)
+            return f"{name}: {error.reason}"
+
+    rows = list(zip(names, solutions, answers, strict=True))
+    if threads == 1:
+        found = [score(row) for row in rows]
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            found = list(pool.map(score, rows))
+    reasons = Counter(reason for reason in found if isinstance(reason, str))
+    return Scores([None if isinstance(value, str) else value for value in found], reasons)

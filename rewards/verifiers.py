@@ -61,18 +61,18 @@ def math(solution: str, answer: str) -> float:
     return float(verify(gold, found, timeout_seconds=None, raise_on_error=True))
 
 
-def build_verifier(name: str, *, timeout: float) -> Verifier:
+def build_verifier(name: str, *, timeout: float, workers: int = 1) -> Verifier:
     """The verifier a recipe names, with `timeout` seconds per call; ValueError when there is none.
 
-    `exact` runs in this process. `math` and dotted paths run in a worker process, started here so that a path that
-    does not import is reported before training starts.
+    `exact` runs in this process. `math` and dotted paths run in up to `workers` processes, the first of them started
+    here so that a path that does not import is reported before training starts.
     """
     if name == "exact":
         return guarded(exact)
     if name == "math":
-        return IsolatedVerifier(f"{__name__}.math", timeout, example=("1", "1"))
+        return IsolatedVerifier(f"{__name__}.math", timeout, workers=workers, example=("1", "1"))
     if "." in name:
-        return IsolatedVerifier(name, timeout)
+        return IsolatedVerifier(name, timeout, workers=workers)
     close = get_close_matches(name, KNOWN, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     known = ", ".join(KNOWN)

@@ -67,7 +67,7 @@ def varlen_forward(
     rows = [x[0].transpose(0, 1) for x in (query.to(dtype), key.to(dtype), value)]
     query, key, value = (row.repeat_interleave(repeat if i else 1, dim=1) for i, row in enumerate(rows))
     left = -1 if sliding_window is None else sliding_window - 1
-    output = varlen_attn(
+    output: Any = varlen_attn(
         query,
         key,
         value,
@@ -78,7 +78,7 @@ def varlen_forward(
         scale=scaling,
         window_size=(left, 0),
     )
-    return output[None], None
+    return output.unsqueeze(0), None
 
 
 def flex_forward(

@@ -77,6 +77,9 @@ class DeGRPOConfig(GRPOConfig):
     )
     price_per_token: float = field(default=0.0, metadata={"help": "Reward units paid per response token."})
     verifier_timeout: float = field(default=10.0, metadata={"help": "Seconds a verifier may take for one answer."})
+    verifier_workers: int = field(
+        default=2, metadata={"help": "Processes per rank for verifiers that run in one (`math`, dotted paths)."}
+    )
     attention: str = field(
         default="auto", metadata={"help": "Of the training pass: `auto`, or a name of siesta.rl.attention.BACKENDS."}
     )
@@ -151,6 +154,8 @@ def check_method(config: DeGRPOConfig, num_modes: int) -> None:
         value = getattr(config, name)
         if value is not None and not value > 0:
             raise RecipeError(f"rl.{name}: {value} must be positive")
+    if config.verifier_workers < 1:
+        raise RecipeError(f"rl.verifier_workers: {config.verifier_workers} must be at least 1")
     for name in ("value_shrinkage", "mass_weight", "price_per_token"):
         if not getattr(config, name) >= 0:
             raise RecipeError(f"rl.{name}: {getattr(config, name)} must be 0 or more")

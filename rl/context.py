@@ -71,6 +71,7 @@ class Context:
             names,
             price_per_token=self.recipe.rl.setting("price_per_token"),
             verifier_timeout=self.recipe.rl.setting("verifier_timeout"),
+            verifier_workers=self.recipe.rl.setting("verifier_workers"),
         )
 
     @property

@@ -39,19 +39,24 @@ def build_model(
 ) -> LlamaForCausalLM:
     """Randomly initialised Llama with tied embeddings. 3 layers of 128 make 0.67M parameters."""
     set_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=hidden_size,
-            intermediate_size=3 * hidden_size,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
-            max_position_embeddings=256,
-            tie_word_embeddings=True,
-            initializer_range=init,
-            pad_token_id=pad_id(tokenizer),
-            eos_token_id=end_id(tokenizer),
-            bos_token_id=None,
-        )
+    return LlamaForCausalLM(model_config(tokenizer, layers=layers, hidden_size=hidden_size, heads=heads, init=init))
+
+
+def model_config(
+    tokenizer: PreTrainedTokenizerBase, *, layers: int, hidden_size: int, heads: int, init: float
+) -> LlamaConfig:
+    """Shape of the embedded model."""
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=init,
+        pad_token_id=pad_id(tokenizer),
+        eos_token_id=end_id(tokenizer),
+        bos_token_id=None,
     )

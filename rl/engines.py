@@ -76,7 +76,7 @@ def _one_request_per_cap(write: Any, caps: dict[int, int]) -> Any:
     def generate(prompts: Sequence[list[int]], max_tokens: int, features: Any = None, **settings: Any) -> dict:
         if features is not None:
             raise RecipeError("rl.use_vllm: prompts with images are not supported")
-        merged: dict[str, list | None] = {}
+        merged: dict[str, Any] = {}
         for cap in sorted({caps[prompt[-1]] for prompt in prompts}):
             rows = [i for i, prompt in enumerate(prompts) if caps[prompt[-1]] == cap]
             answer = write(prompts=[prompts[i] for i in rows], max_tokens=cap, features=None, **settings)

@@ -6,6 +6,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +28,7 @@ class Judge:
     modes: Modes
     verifiers: dict[str, Verifier]
     price_per_token: float
+    verifier_workers: int = 1
     reasons: Counter[str] = field(default_factory=Counter)
 
     def score(
@@ -43,7 +45,7 @@ class Judge:
             solution_part(str(self.tokenizer.decode(response, skip_special_tokens=True)), mode.answer_after)
             for response in responses
         ]
-        scores = score_solutions(self.verifiers, names, solutions, answers)
+        scores = score_solutions(self.verifiers, names, solutions, answers, threads=self.verifier_workers)
         self.reasons.update(scores.reasons)
         return scores.values
 
@@ -60,6 +62,7 @@ def build_judge(
     *,
     price_per_token: float,
     verifier_timeout: float,
+    verifier_workers: int = 1,
 ) -> Judge:
     """A judge with every verifier that the examples name, each built (and so checked) now.
 
@@ -67,10 +70,13 @@ def build_judge(
         DataError: A verifier is unknown or cannot be imported.
     """
     try:
-        verifiers = {name: build_verifier(name, timeout=verifier_timeout) for name in sorted(set(verifier_names))}
+        verifiers = {
+            name: build_verifier(name, timeout=verifier_timeout, workers=verifier_workers)
+            for name in sorted(set(verifier_names))
+        }
     except ValueError as error:
         raise DataError(f"data.verifier: {error}") from error
-    return Judge(tokenizer, modes, verifiers, price_per_token)
+    return Judge(tokenizer, modes, verifiers, price_per_token, verifier_workers)
 
 
 class RewardFunction:
@@ -86,6 +92,18 @@ class RewardFunction:
         self.judge = judge
         self.outcomes = torch.empty(0, 4)
         self._batch: list[tuple[object, Mode, list[int]]] = []
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="verify")
+        self._begun: dict[int, tuple[Future[list[float | None]], int]] = {}
+
+    def begin(self, mode: Mode, rows: Sequence[int], responses: Sequence[list[int]], examples: Sequence[dict]) -> None:
+        """Score responses of the coming batch in the background; `rows` are their places in it.
+
+        `examples` are the batch's rows of the data set. The call that follows waits for what has been begun.
+        """
+        names = [examples[row]["verifier"] for row in rows]
+        answers = [examples[row]["answer"] for row in rows]
+        future = self._background.submit(self.judge.score, mode, responses, names, answers)
+        self._begun |= {row: (future, place) for place, row in enumerate(rows)}
 
     def __call__(
         self,
@@ -100,9 +118,12 @@ class RewardFunction:
         by_token = {mode.token_id: mode for mode in self.judge.modes}
         modes = [by_token[ids[0]] for ids in completion_ids]
         responses = [ids[1:] for ids in completion_ids]
+        begun, self._begun = self._begun, {}
         scores: list[float | None] = [None] * len(modes)
+        for row, (future, place) in begun.items():
+            scores[row] = future.result()[place]
         for mode in self.judge.modes:
-            rows = [i for i, own in enumerate(modes) if own is mode]
+            rows = [i for i, own in enumerate(modes) if own is mode and i not in begun]
             judged = self.judge.score(
                 mode, [responses[i] for i in rows], [verifier[i] for i in rows], [answer[i] for i in rows]
             )

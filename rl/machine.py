@@ -1,12 +1,15 @@
 """What a recipe asks of the machine, checked before any model is loaded."""
 
 import torch
+from accelerate import PartialState
 
 from siesta.data.errors import RecipeError
 from siesta.rl.attention import choose_backend
 from siesta.rl.config import DeGRPOConfig
 from siesta.rl.engines import check_vllm
-from siesta.rl.models import default_device
+from siesta.rl.memory import Memory, estimate, zero_stage
+from siesta.rl.models import default_device, lora_config, make_tokenizer, model_config
+from siesta.rl.recipe import Recipe
 
 
 def compute_dtype(config: DeGRPOConfig, weights: torch.dtype) -> torch.dtype:
@@ -38,3 +41,21 @@ def check_machine(config: DeGRPOConfig, weights: torch.dtype, longest: int) -> N
             f"rl.token_budget: {config.token_budget} tokens do not hold the longest rollout, {longest} with its "
             f"prompt; raise it to at least that, or lower modes.<name>.max_tokens"
         )
+
+
+def memory_estimate(recipe: Recipe, config: DeGRPOConfig) -> Memory:
+    """Peak of a training pass of this recipe, launched as it is, on each device of this machine."""
+    device = default_device()
+    dtype = getattr(torch, recipe.model.dtype)
+    model = model_config(recipe.model, make_tokenizer(recipe)[0])
+    backend, _ = choose_backend(config.attention, device, compute_dtype(config, dtype), model)
+    return estimate(
+        model,
+        config,
+        dtype,
+        lora=lora_config(recipe.model.lora, train_embeddings=False),
+        processes=PartialState().num_processes,
+        stage=zero_stage(),
+        gpu_bytes=torch.cuda.get_device_properties(0).total_memory if device == "cuda" else 0,
+        packed=backend.packed,
+    )

@@ -6,9 +6,11 @@ from typing import cast
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -58,6 +60,13 @@ def make_model(recipe: Recipe, folder: Path) -> None:
     # one in the loss, and a second end-of-sequence id would end rollouts that count as cut.
     model.generation_config = GenerationConfig(eos_token_id=end_id(tokenizer), pad_token_id=pad_id(tokenizer))
     save_model(model, tokenizer, folder)
+
+
+def model_config(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """Shape of the recipe's model, without its weights."""
+    if section.path is None:
+        return embedded.model_config(tokenizer, **section.embedded.model_dump())
+    return _load(AutoConfig, section)
 
 
 def _load(auto: type, section: ModelSection, **kwargs):

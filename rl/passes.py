@@ -5,11 +5,12 @@ is split again by tokens, and the passes add their gradients up before the Train
 as many passes as the rank that needs most: forward and backward can be collectives.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import gcd
-from typing import TYPE_CHECKING, cast
+from typing import Any, cast
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -17,8 +18,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from siesta.data.errors import ModelError
 from siesta.rl.attention import choose_backend
+from siesta.rl.config import DeGRPOConfig
 from siesta.rl.generation import replaced
 from siesta.rl.machine import compute_dtype
+from siesta.rl.modes import Modes
 from siesta.rl.packing import sequence_costs, split_packed, split_sorted
 from siesta.rl.scoring import Scorer, TokenScores
 from siesta.rl.spread import Batch, select, sequence_lengths, spread
@@ -27,20 +30,21 @@ from siesta.rl.timing import model_flops, peak_flops
 # Mean difference of log-probabilities between layouts, in nats a token; in bf16 rounding makes about 0.01.
 MAX_DISAGREEMENT = 0.1
 
-if TYPE_CHECKING:
-    from siesta.rl.trainer import DeGRPOTrainer
-
 
 class Passes:
-    """Runs the passes of a trainer; built when its models are."""
+    """Runs the passes of a trainer.
 
-    def __init__(self, trainer: "DeGRPOTrainer"):
-        self.accelerator = trainer.accelerator
-        self.args = trainer.method
-        models = [without_adapters(model) for model in (trainer.model, trainer.ref_model) if model is not None]
+    Args:
+        models: The trained model, and the reference model if there is one; their attention is set here.
+    """
+
+    def __init__(self, accelerator: Accelerator, args: DeGRPOConfig, modes: Modes, models: Sequence[torch.nn.Module]):
+        self.accelerator = accelerator
+        self.args = args
+        models = [without_adapters(model) for model in models]
         dtype = compute_dtype(self.args, models[0].dtype)
         backend, self.line = choose_backend(self.args.attention, self.accelerator.device.type, dtype, models[0].config)
-        self.scorer = Scorer(trainer.modes, backend)
+        self.scorer = Scorer(modes, backend)
         for model in models:
             self.scorer.attach(model)
         if self.args.compile_layers and backend.packed and not is_deepspeed_zero3_enabled():
@@ -164,4 +168,4 @@ def layers_of(model: PreTrainedModel) -> list[torch.nn.Module]:
 
 def without_adapters(model: torch.nn.Module) -> PreTrainedModel:
     """The transformers model inside a peft model, or the model itself."""
-    return model if isinstance(model, PreTrainedModel) else cast(PreTrainedModel, model.get_base_model())
+    return model if isinstance(model, PreTrainedModel) else cast(Any, model).get_base_model()

@@ -1,7 +1,7 @@
 """Where the time of a training step goes, in seconds and tokens per phase."""
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +20,7 @@ class Phases:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self.tokens: Counter[str] = Counter()
         self._running: list[str] = []
         self._since = 0.0

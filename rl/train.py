@@ -21,7 +21,7 @@ from siesta.data.errors import UserError
 from siesta.data.loading import check_splits
 from siesta.rl.config import check_method
 from siesta.rl.context import Context
-from siesta.rl.machine import check_machine
+from siesta.rl.machine import check_machine, memory_estimate
 from siesta.rl.models import lora_config
 from siesta.rl.modes import check_prompts
 from siesta.rl.recipe import Recipe, dump_recipe, load_recipe
@@ -87,7 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         recipe = load_recipe(options.recipe, options.overrides)
         if options.dry_run:
-            preflight(recipe, Context(Run(recipe), print))
+            context = Context(Run(recipe), print)
+            preflight(recipe, context)
+            print(f"# {memory_estimate(recipe, rl_config(context)).line()}")
             print(dump_recipe(recipe), end="")
         else:
             run_recipe(recipe)

@@ -10,7 +10,7 @@ What is overridden, and why (tests/test_trl_contract.py holds TRL to it):
 - `log`: means are taken without dropping NaN.
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig
@@ -55,7 +55,8 @@ class DeGRPOTrainer(GRPOTrainer):
         )
         self.method = args
         self.group = cast(int, args.num_generations)
-        self.passes = Passes(self)
+        models = [model for model in (self.model, self.ref_model) if model is not None]
+        self.passes = Passes(self.accelerator, args, self.modes, cast(list[torch.nn.Module], models))
         self.phases = Phases(self.accelerator.device)
         self.add_callback(OptimizerPhase(self.phases))
         self._logged_step = 0
@@ -104,6 +105,8 @@ class DeGRPOTrainer(GRPOTrainer):
                 with caps_per_mode(self.vllm_generation, self.modes):
                     # num_generations=1: with forced tokens the rows of a group differ, and vLLM must not fold them.
                     written, logps = super()._generate_single_turn(opened, images, multimodal_fields, 1)
+                for column in range(len(self.modes)):
+                    self._verify(column, written)
             else:
                 written, logps = self._generate_locally(prompt_ids), None
         self.phases.tokens["rollout"] += sum(map(len, written))
@@ -118,12 +121,11 @@ class DeGRPOTrainer(GRPOTrainer):
         responses: list[list[int]] = [[] for _ in prompt_ids]
         with (
             unwrap_model_for_generation(
-                self.model_wrapped,
+                cast(Any, self.model_wrapped),
                 self.accelerator,
-                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+                gradient_checkpointing_kwargs=cast(dict | None, self.args.gradient_checkpointing_kwargs),
             ) as model,
-            inference(model),
+            inference(cast(torch.nn.Module, model)),
             replaced(model, "generation_config", GenerationConfig()),
         ):
             for column, mode in enumerate(self.modes):
@@ -131,7 +133,14 @@ class DeGRPOTrainer(GRPOTrainer):
                 written = respond(model, [prompt_ids[i] for i in rows], mode, config, eos_ids) if rows else []
                 for i, response in zip(rows, written, strict=True):
                     responses[i] = response
+                self._verify(column, responses)
         return responses
+
+    def _verify(self, column: int, responses: list[list[int]]) -> None:
+        """Start on the verdicts of one mode while the rest of the step goes on."""
+        rows = (self._plan.modes == column).nonzero().flatten().tolist()
+        if rows:
+            self.reward_function.begin(self.modes[column], rows, [responses[i] for i in rows], self._examples)
 
     # ---- log-probabilities -------------------------------------------------------------------------------------
 
@@ -147,6 +156,7 @@ class DeGRPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         """TRL's rollout batch with our advantages and weights. Outcomes are gathered first: all counts are global."""
+        self._examples = inputs
         batch = super()._generate_and_score_completions(inputs)
         if gaps := self._current_metrics["sampling/sampling_logp_difference/mean"]:
             check_logp_gap(gaps[-1])
@@ -216,10 +226,10 @@ class DeGRPOTrainer(GRPOTrainer):
         """The micro-batch at hand; a new generation batch is dealt out by tokens when the last one is used up."""
         if not cast(torch.nn.Module, self.model).training:
             return super()._prepare_inputs(generation_batch)
-        steps = cast(int, self.args.steps_per_generation)
+        steps = cast(int, self.method.steps_per_generation)
         if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
             with self.phases("prepare"):
-                batch = self._generate_and_score_completions(generation_batch)
+                batch = self._generate_and_score_completions(cast(list[dict], generation_batch))
                 self._buffered_inputs = self.passes.deal(batch, seed=self.args.seed + self._step)
         return self._buffered_inputs[self._step % steps]
 
@@ -256,10 +266,11 @@ class DeGRPOTrainer(GRPOTrainer):
             loss = loss + self.beta * kl
         with torch.no_grad():
             mask, advantages = inputs["completion_mask"][:, 1:], inputs["advantages"][:, 1:]
+            entropies = cast(torch.Tensor, scores.entropies)[:, 1:]
             ratio = token_ratio(new, old, weights)[:, 1:]
             low = (ratio < 1 - self.epsilon_low) & (advantages < 0)
             high = (ratio > 1 + self.epsilon_high) & (advantages > 0)
-            logged = [mask.sum(), *((x * mask).sum() for x in (scores.entropies[:, 1:], low, high)), kl.detach()]
+            logged = [mask.sum(), *((x * mask).sum() for x in (entropies, low, high)), kl.detach()]
             return loss, torch.stack([x.float() for x in logged])
 
     def _log_loss(self, sums: torch.Tensor) -> None:
