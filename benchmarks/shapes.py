@@ -83,13 +83,12 @@ def judge(think_tokens: int, short_tokens: int = 256) -> Judge:
     return build_judge(tokenizer, modes, {"exact"}, price_per_token=0.0, verifier_timeout=10.0)
 
 
-def common_settings(folder: Path, dtype: torch.dtype, device: str, rollouts: int, micro: int) -> dict:
+def common_settings(folder: Path, device: str, rollouts: int, micro: int) -> dict:
     """Settings that both trainers share."""
     return {
         "output_dir": str(folder),
         "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": rollouts // micro,
-        "bf16": device == "cuda" and dtype == torch.float32,
         "use_cpu": device == "cpu",
         "report_to": [],
         "save_strategy": "no",

@@ -85,6 +85,7 @@ def estimate(
     if lora is not None:
         adapted = get_peft_model(model, lora)
         trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        number += trained
     mixed = args.bf16 and dtype == torch.float32
     # Autocast keeps a bf16 copy of the weights from the forward to the end of the backward pass.
     weights = number * (size / (processes if stage == 3 else 1) + (2 if mixed and not stage else 0))
@@ -100,19 +101,16 @@ def estimate(
     block = width * KEPT * (2 * text.hidden_size + query + key + inner)
     if args.compile_layers and packed:
         block *= COMPILED
+    layers = text.num_hidden_layers
+    kept = layers * width * text.hidden_size + block if args.gradient_checkpointing else layers * block
     tokens = args.token_budget
-    if args.gradient_checkpointing:
-        activations = tokens * (text.num_hidden_layers * width * text.hidden_size + block)
-    else:
-        activations = tokens * text.num_hidden_layers * block
     table = text.vocab_size * text.hidden_size
+    engine = args.use_vllm and args.vllm_mode == "colocate" and not args.vllm_enable_sleep_mode
     return Memory(
         weights=weights,
         gradients=trained * size / (processes if stage >= 2 else 1),
         optimizer=moments / (processes if stage >= 1 else 1),
-        activations=activations,
+        activations=tokens * kept,
         head=TILE + 4.0 * table + 4.0 * tokens * text.hidden_size,
-        rollouts=args.vllm_gpu_memory_utilization * gpu_bytes
-        if args.use_vllm and args.vllm_mode == "colocate" and not args.vllm_enable_sleep_mode
-        else 0.0,
+        rollouts=args.vllm_gpu_memory_utilization * gpu_bytes * engine,
     )

@@ -230,7 +230,8 @@ class DeGRPOTrainer(GRPOTrainer):
         if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
             with self.phases("prepare"):
                 batch = self._generate_and_score_completions(cast(list[dict], generation_batch))
-                self._buffered_inputs = self.passes.deal(batch, seed=self.args.seed + self._step)
+                # Not self._step: that one starts at 0 again in a resumed run.
+                self._buffered_inputs = self.passes.deal(batch, seed=self.args.seed + self.state.global_step)
         return self._buffered_inputs[self._step % steps]
 
     def _compute_loss(self, model, inputs):

@@ -8,6 +8,7 @@ from transformers import LlamaForCausalLM
 from siesta.data.schema import Example
 from siesta.data.sources import TaskSource
 from siesta.rl import embedded
+from siesta.rl.attention import Backend
 from siesta.rl.judge import Judge, build_judge
 from siesta.rl.models import build_modes
 from siesta.rl.modes import grow_embeddings, prepare_tokenizer
@@ -17,6 +18,11 @@ SECTIONS = {
     "short": ModeSection(token="<short>", max_tokens=2),
     "think": ModeSection(token="<think>", max_tokens=12, correct=0.5, answer_after="="),
 }
+
+# Packed rows on any machine: transformers reads the boundaries off the positions and builds the whole mask.
+PACKED_SDPA = Backend("positions", "sdpa", True, lambda pack: {}, lambda device, dtype: None)
+
+Rows = list[tuple[list[int], list[int]]]  # prompt, completion
 
 
 def tiny_judge(price_per_token: float = 0.0) -> Judge:
@@ -51,3 +57,15 @@ def calc_examples(count: int) -> list[Example]:
 def parameters(model: torch.nn.Module) -> torch.Tensor:
     """All parameters as one vector."""
     return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def batch_of(rows: Rows, pad_id: int = 0, *, left: int = 0, right: int = 0) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Ids, mask and completion length of a batch, with `left` and `right` more columns of padding than it needs."""
+    before = left + max(len(prompt) for prompt, _ in rows)
+    length = right + max(len(completion) for _, completion in rows)
+    ids = torch.full((len(rows), before + length), pad_id)
+    mask = torch.zeros_like(ids)
+    for i, (prompt, completion) in enumerate(rows):
+        real = slice(before - len(prompt), before + len(completion))
+        ids[i, real], mask[i, real] = torch.tensor(prompt + completion), 1
+    return ids, mask, length

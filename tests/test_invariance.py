@@ -1,35 +1,58 @@
 """What a row is worth does not depend on its neighbours: padding, batch composition and order leave no trace.
 
 Two small models in float64: the embedded Llama, whose rotary positions are relative and so forgive a shift, and a
-GPT-2 with absolute positions, which does not. Log-probabilities are made in float32 (`scoring.py` casts the logits),
-so they are compared to its rounding; the negative controls differ by orders of magnitude more.
+GPT-2 with absolute positions, which does not. Both layouts of `packing.py`: one row each, and all rows in one. TRL's
+fused head makes log-probabilities in float32, so they are compared to its rounding; the negative controls differ by
+orders of magnitude more.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.modeling_outputs import BaseModelOutput
+from trl.trainer.utils import add_fused_lm_head
 
-from siesta.rl import scoring
 from siesta.rl.advantages import kl_weights, token_weights
+from siesta.rl.attention import BACKENDS
 from siesta.rl.embedded import build_model, build_tokenizer
-from siesta.rl.generation import by_length, complete, cut_after_eos, inference, left_pad, mode_policy, positions
+from siesta.rl.generation import (
+    by_length,
+    complete,
+    cut_after_eos,
+    inference,
+    left_pad,
+    mode_policy,
+    positions,
+    replaced,
+)
 from siesta.rl.loss import kl_loss, mode_target_loss, policy_loss
 from siesta.rl.modes import Mode, Modes, grow_embeddings, prepare_tokenizer
-from siesta.rl.scoring import TokenScores, score_completions
+from siesta.rl.packing import Pack
+from siesta.rl.scoring import Scorer, TokenScores
+from tests.helpers import PACKED_SDPA, Rows, batch_of
 
 assert_close = partial(torch.testing.assert_close, rtol=0.0, atol=3e-6)  # logps reach -10: a few float32 roundings
 TEMPERATURE = 0.7
-Rows = list[tuple[list[int], list[int]]]  # prompt, completion
+LAYOUTS = {"padded": BACKENDS["sdpa"], "packed": PACKED_SDPA}
 
 
 def control_logps(scores: TokenScores) -> torch.Tensor:
     """Log-probability of every control token at position 0 over the whole vocabulary, (B, M)."""
     return scores.mode_logps + scores.log_mass[:, None]
+
+
+@contextmanager
+def at_temperature(model: PreTrainedModel, temperature: float) -> Iterator[None]:
+    """Inside, the fused head divides its logits by `temperature`."""
+    with replaced(model, "forward", model.forward):
+        add_fused_lm_head(model, temperature=temperature, outputs=("log_probs", "entropy"))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +80,15 @@ def model(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast) ->
         torch.manual_seed(1)
         shape = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.3}
         model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **shape, bos_token_id=None, eos_token_id=1))
+    add_fused_lm_head(model, temperature=TEMPERATURE, outputs=("log_probs", "entropy"))
     return model.double().eval()
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def scorer(request: pytest.FixtureRequest, model: PreTrainedModel, modes: Modes) -> Scorer:
+    scorer = Scorer(modes, LAYOUTS[request.param])
+    scorer.attach(model)
+    return scorer
 
 
 @pytest.fixture(scope="module")
@@ -76,31 +107,21 @@ def rows(tokenizer: PreTrainedTokenizerFast, modes: Modes) -> Rows:
     ]
 
 
-def pad(rows: Rows, pad_id: int, *, left: int = 0, right: int = 0) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Ids, mask and completion length of a batch, with `left` and `right` more columns of padding than it needs."""
-    before = left + max(len(prompt) for prompt, _ in rows)
-    length = right + max(len(completion) for _, completion in rows)
-    ids = torch.full((len(rows), before + length), pad_id)
-    mask = torch.zeros_like(ids)
-    for i, (prompt, completion) in enumerate(rows):
-        real = slice(before - len(prompt), before + len(completion))
-        ids[i, real], mask[i, real] = torch.tensor(prompt + completion), 1
-    return ids, mask, length
+def lay_out(scorer: Scorer, rows: Rows, pad_id: int = 0, *, left: int = 0, right: int = 0) -> Pack:
+    return scorer.lay_out(*batch_of(rows, pad_id, left=left, right=right))
 
 
-def score(model: PreTrainedModel, rows: Rows, modes: Modes, pad_id: int, *, left: int = 0, right: int = 0):
-    ids, mask, length = pad(rows, pad_id, left=left, right=right)
-    return score_completions(model, ids, mask, length, modes, TEMPERATURE)
-
-
-def assert_same_rows(found: TokenScores, model: PreTrainedModel, rows: Rows, modes: Modes) -> None:
-    """Every row scores as it does alone, without any padding."""
+def assert_same_rows(found: TokenScores, scorer: Scorer, model: PreTrainedModel, rows: Rows) -> None:
+    """Every row scores as it does alone, without any padding; padding scores 0."""
+    assert found.entropies is not None
     for i, row in enumerate(rows):
-        alone, real = score(model, [row], modes, 0), len(row[1])
+        alone, real = scorer.score(model, lay_out(scorer, [row])), len(row[1])
         assert_close(found.per_token_logps[i, :real], alone.per_token_logps[0])
-        assert_close(found.entropies[i, :real], alone.entropies[0])
+        assert_close(found.entropies[i, :real], cast(torch.Tensor, alone.entropies)[0])
         assert_close(found.mode_logps[i], alone.mode_logps[0])
         assert_close(found.log_mass[i], alone.log_mass[0])
+        assert not found.per_token_logps[i, real:].any()
+        assert not found.entropies[i, real:].any()
 
 
 # ---- scoring -----------------------------------------------------------------------------------------------------
@@ -109,9 +130,9 @@ def assert_same_rows(found: TokenScores, model: PreTrainedModel, rows: Rows, mod
 @pytest.mark.parametrize("padding", ["<pad>", "<eos>", "7"])
 @pytest.mark.parametrize(("left", "right"), [(0, 0), (5, 0), (0, 6), (4, 3)])
 def test_scores_of_a_row_do_not_depend_on_its_batch(
+    scorer: Scorer,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    modes: Modes,
     rows: Rows,
     left: int,
     right: int,
@@ -119,74 +140,168 @@ def test_scores_of_a_row_do_not_depend_on_its_batch(
 ) -> None:
     """Longer prompts beside it, more padding on either side, and any token as the padding."""
     pad_id = tokenizer.get_vocab()[padding]
-    found = score(model, rows, modes, pad_id, left=left, right=right)
+    found = scorer.score(model, lay_out(scorer, rows, pad_id, left=left, right=right))
     assert found.per_token_logps.isfinite().all()
-    assert_same_rows(found, model, rows, modes)
-    assert_same_rows(score(model, rows[::-1], modes, pad_id, left=left, right=right), model, rows[::-1], modes)
+    assert_same_rows(found, scorer, model, rows)
+    turned = scorer.score(model, lay_out(scorer, rows[::-1], pad_id, left=left, right=right))
+    assert_same_rows(turned, scorer, model, rows[::-1])
 
 
-def test_scores_are_those_of_a_plain_forward_pass(model: PreTrainedModel, modes: Modes, rows: Rows) -> None:
+def test_scores_are_those_of_a_plain_forward_pass(
+    scorer: Scorer, model: PreTrainedModel, modes: Modes, rows: Rows
+) -> None:
     """Logits before token t predict it, at the temperature; the control token among the control tokens only."""
-    for prompt, completion in rows:
-        found = score(model, [(prompt, completion)], modes, 0)
+    found = scorer.score(model, lay_out(scorer, rows))
+    assert found.entropies is not None
+    for i, (prompt, completion) in enumerate(rows):
         with torch.no_grad():
             logits = model(torch.tensor([prompt + completion])).logits[0] / TEMPERATURE
         logps = logits.log_softmax(-1)[len(prompt) - 1 : -1]
         expected = logps[range(len(completion)), completion]
         expected[0] -= logps[0, modes.token_ids].logsumexp(0)
-        torch.testing.assert_close(found.per_token_logps[0].double(), expected, rtol=0, atol=3e-6)
-        torch.testing.assert_close(control_logps(found)[0].double(), logps[0, modes.token_ids], rtol=0, atol=3e-6)
+        assert_close(found.per_token_logps[i, : len(completion)].double(), expected)
+        assert_close(control_logps(found)[i].double(), logps[0, modes.token_ids])
         entropies = torch.distributions.Categorical(logits=logps).entropy()
-        torch.testing.assert_close(found.entropies[0].double(), entropies, rtol=0, atol=3e-6)
-        assert found.per_token_logps[0, 0] == found.mode_logps[0, modes.token_ids.index(completion[0])]
+        assert_close(found.entropies[i, : len(completion)].double(), entropies)
+        assert found.per_token_logps[i, 0] == found.mode_logps[i, modes.token_ids.index(completion[0])]
 
 
-def test_scores_by_hand(modes: Modes) -> None:
-    """Logits of 2 log p at temperature 2; the logits past the last token, and what padding holds, are not read."""
-    short, think = modes.token_ids
-    first, second = torch.full((think + 1,), -torch.inf), torch.full((think + 1,), -torch.inf)
-    first[[short, think, 5]] = 2 * torch.tensor([0.5, 0.25, 0.25]).log()
-    second[[5, 6]] = 2 * torch.tensor([0.9, 0.1]).log()
-    asked: dict[str, Any] = {}
+class Bigrams(torch.nn.Module):
+    """What comes after a token depends on it alone: `probs[token]` names the next ones and their probabilities.
 
-    def model(**given: Any) -> SimpleNamespace:
-        asked.update(given)
-        return SimpleNamespace(logits=torch.stack([first, second, torch.full_like(first, torch.nan)])[None])
+    Every other token has NaN for a hidden state.
+    """
 
-    ids, mask = torch.tensor([[0, 0, 9, 8, think, 6]]), torch.tensor([[0, 0, 1, 1, 1, 1]])
-    found = score_completions(cast(torch.nn.Module, model), ids, mask, 2, modes, 2.0)
-    assert_close(found.per_token_logps, torch.tensor([[1 / 3, 0.1]]).log())
-    assert_close(found.log_mass, torch.tensor([0.75]).log())
-    assert_close(control_logps(found), torch.tensor([[0.5, 0.25]]).log())
-    assert asked["input_ids"] is ids
-    assert asked["attention_mask"] is mask
-    assert asked["position_ids"].tolist() == [[0, 0, 0, 1, 2, 3]]
-    assert asked["logits_to_keep"] == 3
+    def __init__(self, size: int, probs: dict[int, dict[int, float]], temperature: float):
+        super().__init__()
+        self.config = PreTrainedConfig()
+        self.base_model = Known(size, set(probs))
+        self.head = torch.nn.Linear(size, size, bias=False)
+        logits = torch.full((size, size), -1e5)
+        for token, after in probs.items():
+            logits[list(after), token] = temperature * torch.tensor(list(after.values())).log()
+        self.head.weight.data = logits
+        add_fused_lm_head(cast(Any, self), temperature=temperature, outputs=("log_probs", "entropy"))
+
+    def get_output_embeddings(self) -> torch.nn.Module:
+        return self.head
+
+    def set_attn_implementation(self, name: str) -> None:
+        assert name == "sdpa"
+
+    def forward(self) -> None:
+        raise AssertionError("the fused head is in front")
 
 
-def test_a_batch_without_its_mask_scores_otherwise(model: PreTrainedModel, modes: Modes, rows: Rows) -> None:
-    """Negative control: the comparison above sees attention to padding."""
-    ids, mask, length = pad(rows, 0, left=3)
-    masked = score_completions(model, ids, mask, length, modes, TEMPERATURE)
-    open_wide = score_completions(model, ids, torch.ones_like(mask), length, modes, TEMPERATURE)
-    assert (control_logps(masked) - control_logps(open_wide)).abs().max() > 1e-2
+class Known(torch.nn.Module):
+    """Backbone of `Bigrams`, one-hot on `tokens`; `asked` is what it was last called with."""
+
+    def __init__(self, size: int, tokens: set[int]):
+        super().__init__()
+        self.size, self.tokens = size, tokens
+        self.asked: dict[str, Any] = {}
+
+    def forward(self, **given: Any) -> BaseModelOutput:
+        self.asked, ids = given, given["input_ids"]
+        hidden = torch.full((*ids.shape, self.size), torch.nan)
+        for token in self.tokens:
+            hidden[ids == token] = torch.nn.functional.one_hot(torch.tensor(token), self.size).float()
+        return BaseModelOutput(last_hidden_state=cast(Any, hidden))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_scores_by_hand(layout: str) -> None:
+    """Logits of 2 log p at temperature 2; hidden states of padding, of last tokens and inside prompts are not read."""
+    short, think, size = 10, 11, 12
+    modes = Modes([Mode("short", "<short>", short, 2), Mode("think", "<think>", think, 9)])
+    after = {8: {short: 0.5, think: 0.25, 5: 0.25}, think: {5: 0.9, 6: 0.1}}
+    model, scorer, reached = Bigrams(size, after, 2.0), Scorer(modes, LAYOUTS[layout]), []
+    scorer.attach(cast(PreTrainedModel, model))
+    model.base_model.register_forward_hook(lambda module, args, output: reached.append(output.last_hidden_state))
+    found = scorer.score(model, lay_out(scorer, [([9, 8], [think, 6]), ([8], [short])], left=2))
+
+    assert_close(found.per_token_logps, torch.tensor([[1 / 3, 0.1], [2 / 3, 1.0]]).log())
+    assert_close(found.log_mass, torch.tensor([0.75, 0.75]).log())
+    assert_close(control_logps(found), torch.tensor([[0.5, 0.25], [0.5, 0.25]]).log())
+    # Of 1/2, 1/4, 1/4: 1.5 log 2 = 1.0397. Of 0.9, 0.1: 0.3251.
+    torch.testing.assert_close(found.entropies, torch.tensor([[1.0397, 0.3251], [1.0397, 0.0]]), rtol=0, atol=1e-4)
+    # Two rollouts times two control tokens, and one response token; no other hidden state reaches the head.
+    assert reached[0].shape == (1, 5, size)
+    assert reached[0][0].argmax(1).tolist() == [8, 8, 8, 8, think]
+    ids, places = {
+        "padded": ([[9, 8, think, 6], [8, short, 0, 0]], [[0, 1, 2, 3]] * 2),
+        "packed": ([[9, 8, think, 6, 8, short]], [[0, 1, 2, 3, 0, 1]]),
+    }[layout]
+    asked = model.base_model.asked
+    assert asked["input_ids"].tolist() == ids
+    assert asked["position_ids"].tolist() == places
+    assert set(asked) == {"input_ids", "position_ids", "use_cache"}
+
+
+def test_the_hook_leaves_other_forward_passes_alone(scorer: Scorer, model: PreTrainedModel, rows: Rows) -> None:
+    """After a score, and after one that failed, a forward pass has logits for every token."""
+    ids = torch.tensor([rows[1][0]])
+    before = model(ids).logits
+    scorer.score(model, lay_out(scorer, rows))
+    assert torch.equal(model(ids).logits, before)
+    pack = lay_out(scorer, rows)
+    with pytest.raises(IndexError):
+        scorer.score(model, replace(pack, predicts=pack.predicts + 10_000))
+    assert torch.equal(model(ids).logits, before)
+
+
+# ---- negative controls: the comparisons above would see these ----------------------------------------------------
+
+
+def test_a_batch_whose_padding_counts_scores_otherwise(scorer: Scorer, model: PreTrainedModel, rows: Rows) -> None:
+    ids, mask, length = batch_of(rows, left=3)
+    masked = scorer.score(model, scorer.lay_out(ids, mask, length))
+    open_wide = scorer.score(model, scorer.lay_out(ids, torch.ones_like(mask), length))
+    assert ((control_logps(masked) - control_logps(open_wide)).abs().amax(1) > 1e-2).all()
+
+
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_hidden_states_one_place_off_score_otherwise(
+    scorer: Scorer, model: PreTrainedModel, rows: Rows, shift: int
+) -> None:
+    pack = lay_out(scorer, rows)
+    right = scorer.score(model, pack)
+    responses = scorer.score(model, replace(pack, predicts=pack.predicts + shift))
+    assert torch.equal(responses.mode_logps, right.mode_logps)
+    assert ((responses.per_token_logps - right.per_token_logps)[pack.response_mask].abs() > 1e-2).float().mean() > 0.9
+    controls = scorer.score(model, replace(pack, first=pack.first + shift))
+    assert ((control_logps(controls) - control_logps(right)).abs().amax(1) > 1e-2).all()
+    assert torch.equal(controls.per_token_logps[:, 1:], right.per_token_logps[:, 1:])
 
 
 @pytest.mark.parametrize("model", ["gpt2"], indirect=True)
-def test_positions_that_count_padding_score_otherwise(
-    model: PreTrainedModel, modes: Modes, rows: Rows, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Negative control: with absolute positions, the comparison above sees a shift."""
-    right = score(model, rows, modes, 0, left=3)
-    monkeypatch.setattr(scoring, "positions", lambda mask: torch.arange(mask.shape[1]).expand_as(mask))
-    shifted = score(model, rows, modes, 0, left=3)
-    assert (control_logps(right) - control_logps(shifted)).abs().max() > 1e-2
+def test_positions_that_count_padding_score_otherwise(scorer: Scorer, model: PreTrainedModel, rows: Rows) -> None:
+    """With absolute positions, a shift shows."""
+    pack = lay_out(scorer, rows)
+    right = scorer.score(model, pack)
+    shifted = replace(pack, inputs=pack.inputs | {"position_ids": pack.inputs["position_ids"] + 3})
+    assert (control_logps(right) - control_logps(scorer.score(model, shifted))).abs().max() > 1e-2
 
 
-def loss_of(model: PreTrainedModel, rows: Rows, modes: Modes, number: int, *, left: int = 0, right: int = 0):
+@pytest.mark.parametrize("scorer", ["packed"], indirect=True)
+def test_a_packed_row_without_boundaries_scores_otherwise(scorer: Scorer, model: PreTrainedModel, rows: Rows) -> None:
+    """Positions that run on over the ends of sequences: only the first rollout has nobody before it."""
+    pack = lay_out(scorer, rows)
+    right = scorer.score(model, pack)
+    running = torch.arange(int(pack.lengths.sum()))[None]
+    joined = scorer.score(model, replace(pack, inputs=pack.inputs | {"position_ids": running}))
+    gaps = (control_logps(right) - control_logps(joined)).abs().amax(1)
+    assert gaps[0] < 3e-6
+    assert (gaps[1:] > 1e-2).all()
+
+
+# ---- gradients ---------------------------------------------------------------------------------------------------
+
+
+def loss_of(scorer: Scorer, model: PreTrainedModel, rows: Rows, number: int, *, left: int = 0, right: int = 0):
     """The loss of some rows out of `number`, as the trainer puts it together, on policy."""
-    ids, mask, length = pad(rows, 0, left=left, right=right)
-    scores = score_completions(model, ids, mask, length, modes, TEMPERATURE)
+    ids, mask, length = batch_of(rows, left=left, right=right)
+    scores = scorer.score(model, scorer.lay_out(ids, mask, length))
     new, mask, everyone = scores.per_token_logps, mask[:, -length:], torch.ones(len(rows)).bool()
     advantages = torch.tensor([[float(len(prompt)) - 6.0] for prompt, _ in rows]).expand_as(new)
     weights = token_weights(mask, everyone, number, control=torch.full((len(rows),), 0.3), decoupled=True)
@@ -202,16 +317,34 @@ def gradients(model: PreTrainedModel, loss: torch.Tensor) -> torch.Tensor:
 
 
 def test_gradient_of_the_weights_does_not_depend_on_padding_or_split(
-    model: PreTrainedModel, modes: Modes, rows: Rows
+    scorer: Scorer, model: PreTrainedModel, rows: Rows
 ) -> None:
-    """One padded batch, rows one by one, and pairs in another order with more padding: the same step."""
-    whole = gradients(model, loss_of(model, rows, modes, 4))
+    """One batch, rows one by one, and pairs in another order with more padding: the same step."""
+    whole = gradients(model, loss_of(scorer, model, rows, 4))
     splits = [[[0], [1], [2], [3]], [[3, 1], [0, 2]]]
     for split, (left, right) in zip(splits, [(0, 0), (5, 4)], strict=True):
-        losses = [loss_of(model, [rows[i] for i in part], modes, 4, left=left, right=right) for part in split]
+        losses = [loss_of(scorer, model, [rows[i] for i in part], 4, left=left, right=right) for part in split]
         summed = gradients(model, torch.stack(losses).sum())
         assert summed.isfinite().all()
         assert (summed - whole).norm() < 1e-5 * whole.norm()
+
+
+def test_gradient_is_that_of_a_plain_forward_pass(
+    scorer: Scorer, model: PreTrainedModel, modes: Modes, rows: Rows
+) -> None:
+    """Mode policy, mass and response tokens, each from full logits of one rollout at a time."""
+    found = scorer.score(model, lay_out(scorer, rows))
+    ours = gradients(model, found.per_token_logps.sum() + found.mode_logps[:, 0].sum() - 2 * found.log_mass.sum())
+    expected = torch.zeros((), dtype=torch.float64)
+    for prompt, completion in rows:
+        logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
+        logps = logits.log_softmax(-1)
+        among = logits[0, modes.token_ids].log_softmax(-1)
+        expected = expected + logps[range(1, len(completion)), completion[1:]].sum()
+        expected = expected + among[modes.token_ids.index(completion[0])] + among[0]
+        expected = expected - 2 * logps[0, modes.token_ids].logsumexp(0)
+    plain = gradients(model, expected)
+    assert (ours - plain).norm() < 1e-5 * plain.norm()
 
 
 # ---- the mode policy ---------------------------------------------------------------------------------------------
@@ -220,18 +353,17 @@ def test_gradient_of_the_weights_does_not_depend_on_padding_or_split(
 @pytest.mark.parametrize("batch_size", [1, 3, 4])
 @pytest.mark.parametrize("temperature", [1.0, TEMPERATURE])
 def test_mode_policy_is_the_renormalised_first_position(
-    model: PreTrainedModel, modes: Modes, rows: Rows, batch_size: int, temperature: float
+    scorer: Scorer, model: PreTrainedModel, modes: Modes, rows: Rows, batch_size: int, temperature: float
 ) -> None:
     """The distribution that modes are drawn from is the one that the loss moves; mass is taken at temperature 1."""
     prompts = [prompt for prompt, _ in rows]
     log_policy, mass = mode_policy(
         model, prompts, modes, temperature=temperature, batch_size=batch_size, pad_id=0, device="cpu"
     )
-    ids, mask, length = pad(rows, 0)
-    scores = score_completions(model, ids, mask, length, modes, temperature)
-    assert_close(log_policy, scores.mode_logps.detach())
-    plain = score_completions(model, ids, mask, length, modes, 1.0)
-    assert_close(mass, plain.log_mass.detach().exp())
+    with at_temperature(model, temperature):
+        assert_close(log_policy, scorer.score(model, lay_out(scorer, rows)).mode_logps.detach())
+    with at_temperature(model, 1.0):
+        assert_close(mass, scorer.score(model, lay_out(scorer, rows)).log_mass.detach().exp())
     assert (log_policy.exp().sum(1) - 1).abs().max() < 1e-6
     assert log_policy[:, 0].std() > 1e-2  # the prompts differ, so a mix-up of rows would show
 

@@ -1,18 +1,25 @@
 """DeGRPOTrainer against its definition: gradients, micro-batches, forced tokens, caps, unscorable rollouts."""
 
+import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
+from transformers import PreTrainedModel
 
 from siesta.data.errors import RecipeError
 from siesta.data.prompts import end_id, messages
+from siesta.rl.attention import BACKENDS, Backend
 from siesta.rl.config import DeGRPOConfig
 from siesta.rl.judge import Judge
+from siesta.rl.scoring import Scorer
+from siesta.rl.spread import select, sequence_lengths
 from siesta.rl.trainer import DeGRPOTrainer
-from tests.helpers import calc_examples, parameters, save_tiny_model, tiny_judge
+from tests.helpers import PACKED_SDPA, calc_examples, parameters, save_tiny_model, tiny_judge
 
 METHODS = {
     "target": {},
@@ -26,6 +33,14 @@ METHODS = {
         "scale_rewards": "group",
     },
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_collection() -> Iterator[None]:
+    """Every `train()` collects garbage; what imports have left is not looked through each time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def dataset(count: int = 16) -> Dataset:
@@ -245,3 +260,138 @@ def test_a_batch_in_which_no_rollout_has_a_mode_is_scored(tmp_path):
     rewards = group(prompts=["?"] * 4, completion_ids=[[think, end]] * 4, answer=["1"] * 4, verifier=["exact"] * 4)
     assert len(rewards) == 4
     assert group.outcomes[:, 2].tolist() == [1.0] * 4
+
+
+# ---- the token budget --------------------------------------------------------------------------------------------
+
+SGD = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 1e9, "lr_scheduler_type": "constant"}  # step = gradient
+SMALL = 20  # tokens; a prompt of `calc` has 5 to 13, a rollout up to 13 more
+
+
+def trained(folder: Path, **settings) -> tuple[torch.Tensor, int, list[dict]]:
+    """How far a run moves the parameters, the forward and backward passes that took, and its log."""
+    trainer = build(folder, **(SGD | settings))
+    passes, score = [], trainer.passes.score
+    trainer.passes.score = lambda model, rows: passes.append(sequence_lengths(rows)) or score(model, rows)
+    before = parameters(policy(trainer))
+    trainer.train()
+    budget = cast(DeGRPOConfig, trainer.args).token_budget
+    assert all(len(lengths) * max(lengths) <= budget or len(lengths) == 1 for lengths in passes)
+    return parameters(policy(trainer)) - before, len(passes), trainer.state.log_history
+
+
+def assert_same_step(found: torch.Tensor, expected: torch.Tensor) -> None:
+    assert expected.norm() > 0
+    assert (found - expected).norm() < 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_small_token_budget_takes_the_same_step(tmp_path, method):
+    """One pass of 8 rollouts, passes of at most 20 tokens, and these in two micro-batches."""
+    whole, passes, log = trained(tmp_path / "a", **METHODS[method])
+    assert passes == 1
+    small, passes, small_log = trained(tmp_path / "b", token_budget=SMALL, **METHODS[method])
+    assert passes > 4
+    assert_same_step(small, whole)
+    accumulated = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    split, passes, split_log = trained(tmp_path / "c", token_budget=SMALL, **accumulated, **METHODS[method])
+    assert passes > 4
+    assert_same_step(split, whole)
+    for name in ("loss", "grad_norm", "entropy", "clip_ratio/low", "clip_ratio/high"):
+        assert small_log[0][name] == pytest.approx(log[0][name], rel=1e-3, abs=1e-6), name
+    for name in ("loss", "grad_norm"):  # entropies of micro-batches are averaged, whatever their tokens
+        assert split_log[0][name] == pytest.approx(log[0][name], rel=1e-3, abs=1e-6), name
+
+
+def test_the_last_pass_alone_takes_another_step(tmp_path, monkeypatch):
+    """Negative control: passes that are not accumulated show."""
+    whole, _, _ = trained(tmp_path / "a")
+    backward = Accelerator.backward
+    calls = []
+
+    def last_only(self: Accelerator, loss: torch.Tensor, **settings) -> None:
+        calls.append(self.sync_gradients)
+        if self.sync_gradients:
+            backward(self, loss, **settings)
+
+    monkeypatch.setattr(Accelerator, "backward", last_only)
+    last, passes, _ = trained(tmp_path / "b", token_budget=SMALL)
+    assert calls == [False] * (passes - 1) + [True]
+    assert (last - whole).norm() > 0.1 * whole.norm()
+
+
+def test_old_and_reference_policies_fit_into_a_small_budget(tmp_path):
+    """Rollouts used twice: the second step needs the old policy, and both need the reference."""
+    settings = {"num_iterations": 2, "max_steps": 2, "beta": 0.5, "learning_rate": 0.1} | METHODS["per_mode"]
+    whole, passes, log = trained(tmp_path / "a", **settings)
+    assert passes == 2
+    small, passes, small_log = trained(tmp_path / "b", token_budget=SMALL, **settings)
+    assert passes > 8
+    assert_same_step(small, whole)
+    assert log[1]["kl"] > 1e-6
+    assert small_log[1]["kl"] == pytest.approx(log[1]["kl"], rel=1e-3)
+
+
+def use(trainer: DeGRPOTrainer, backend: Backend, budget: int) -> None:
+    """Another back end and budget for a trainer that is there already."""
+    trainer.passes.scorer = Scorer(trainer.modes, backend)
+    trainer.passes.scorer.attach(cast(PreTrainedModel, trainer.model))
+    trainer.passes.args.token_budget = budget
+
+
+WAYS = [(BACKENDS["sdpa"], SMALL), (BACKENDS["sdpa"], 1), (PACKED_SDPA, 10_000), (PACKED_SDPA, 40), (PACKED_SDPA, 1)]
+
+
+def test_log_probabilities_do_not_depend_on_the_passes(tmp_path):
+    trainer = build(tmp_path)
+    batch = rollout_batch(trainer)
+    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+    length = batch["completion_ids"].shape[1]
+
+    def logps() -> torch.Tensor:
+        found, entropies, loss = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, length)
+        assert entropies is loss is None
+        assert not found.requires_grad
+        return found
+
+    whole = logps()
+    assert whole.shape == (8, length)
+    scored = trainer.passes.score(policy(trainer), select(batch, range(8))).per_token_logps
+    torch.testing.assert_close(whole, scored.detach(), atol=1e-6, rtol=1e-5)
+    assert not whole[batch["completion_mask"] == 0].any()
+    assert (whole[batch["completion_mask"] == 1] < 0).all()
+    for backend, budget in WAYS:
+        use(trainer, backend, budget)
+        torch.testing.assert_close(logps(), whole, atol=3e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["target", "grpo"])
+def test_any_layout_and_budget_gives_the_same_gradient(tmp_path, method):
+    trainer = build(tmp_path, beta=0.1, **METHODS[method])
+    batch = rollout_batch(trainer)
+    batch["ref_per_token_logps"] = batch["ref_per_token_logps"] - 0.3 * batch["completion_mask"]
+    whole = loss_gradient(trainer, batch, [list(range(8))])
+    for backend, budget in WAYS:
+        use(trainer, backend, budget)
+        for splits in ([list(range(8))], [[7, 0], [3, 1, 5, 2, 6, 4]]):
+            loss, gradient = loss_gradient(trainer, batch, splits)
+            assert loss == pytest.approx(whole[0], abs=1e-6)
+            assert_same_step(gradient, whole[1])
+
+
+def test_every_rank_makes_as_many_passes_and_those_without_rows_add_nothing(tmp_path, monkeypatch):
+    """Another rank needs eleven: here they are filled up, and loss and gradient stay."""
+    trainer = build(tmp_path, **METHODS["per_mode"])
+    batch = rollout_batch(trainer)
+    whole = loss_gradient(trainer, batch, [list(range(8))])
+    monkeypatch.setattr(trainer.accelerator, "gather", lambda number: torch.cat([number, torch.tensor([11])]))
+    for backend, budget in WAYS:
+        use(trainer, backend, budget)
+        parts = trainer.passes.split(sequence_lengths(batch))
+        assert len(parts) == 11
+        assert sorted(row for part in parts for row in part) == list(range(8))
+        assert parts[-1] == []
+        loss, gradient = loss_gradient(trainer, batch, [list(range(8))])
+        assert loss == pytest.approx(whole[0], abs=1e-6)
+        assert_same_step(gradient, whole[1])
