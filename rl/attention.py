@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
@@ -200,6 +200,7 @@ BACKENDS = {
         Backend("varlen", "siesta_varlen", True, boundaries, _varlen_missing),
         Backend("flex", "siesta_flex", True, block_mask, _flex_missing),
         Backend("sdpa", "sdpa", False, _nothing, lambda device, dtype: None),
+        Backend("eager", "eager", False, _nothing, lambda device, dtype: None),
     )
 }
 
@@ -210,7 +211,11 @@ AttentionMaskInterface.register("siesta_flex", no_mask_when_packed)
 
 
 def choose_backend(
-    wanted: str, device: str, dtype: torch.dtype, config: PreTrainedConfig | None = None
+    wanted: str,
+    device: str,
+    dtype: torch.dtype,
+    config: PreTrainedConfig | None = None,
+    model: PreTrainedModel | None = None,
 ) -> tuple[Backend, str]:
     """The back end to use and a line that says why.
 
@@ -219,6 +224,7 @@ def choose_backend(
         device: `cuda`, `cpu`, ...
         dtype: What the model computes in.
         config: Of the model, if at hand.
+        model: The model, if at hand: some of what decides it is written in its class alone.
 
     Raises:
         RecipeError: `wanted` cannot be used.
@@ -227,7 +233,7 @@ def choose_backend(
         raise RecipeError(f"rl.attention: {wanted!r} is not one of auto, {', '.join(BACKENDS)}")
     reasons = []
     for backend in BACKENDS.values() if wanted == "auto" else [BACKENDS[wanted]]:
-        reason = backend.missing(device, dtype) or unsuited(backend, config)
+        reason = backend.missing(device, dtype) or unsuited(backend, config, model)
         if reason is None:
             skipped = f" ({'; '.join(reasons)})" if reasons else ""
             return backend, f"attention: {backend.name}, {'packed' if backend.packed else 'sorted by length'}{skipped}"
@@ -235,16 +241,21 @@ def choose_backend(
     raise RecipeError(f"rl.attention: {reasons[0]}; use auto or sdpa")
 
 
-def unsuited(backend: Backend, config: PreTrainedConfig | None) -> str | None:
+def unsuited(backend: Backend, config: PreTrainedConfig | None, model: PreTrainedModel | None = None) -> str | None:
     """Why a model with this config cannot run on the back end; None if it can."""
+    if model is not None and backend.name in ("varlen", "flex", "sdpa") and not model._supports_sdpa:
+        return "the model has attention sinks or capped logits, which it does not compute"
     if config is None or not backend.packed:
         return None
+    if model is not None and model._is_stateful:
+        return "its recurrent layers would carry state over sequence boundaries"
     text = config.get_text_config().to_dict()
     layers = set(text.get("layer_types") or ["full_attention"])
     if recurrent := layers - {"full_attention", "sliding_attention"}:
         return f"layers of type {', '.join(sorted(recurrent))} would carry state over sequence boundaries"
     if text.get("attn_logit_softcapping") is not None and backend.name in ("varlen", "flex"):
         return "does not cap attention logits"
-    if backend.name == "flex" and "sliding_attention" in layers:
+    windowed = text.get("sliding_window") if not text.get("layer_types") else "sliding_attention" in layers
+    if backend.name == "flex" and windowed:
         return "has no sliding window here"
     return None

@@ -105,7 +105,7 @@ def balance(costs: Sequence[float], bins: int) -> list[list[int]]:
 def split_packed(lengths: Sequence[int], costs: Sequence[float], budget: int) -> list[list[int]]:
     """Packs of at most `budget` tokens and about equal work, the fewest for which that works out.
 
-    A sequence longer than the budget has a pack of its own.
+    A sequence longer than the budget raises the limit of all packs to its own length: it must fit anyway.
     """
     limit = max(budget, *lengths)
     bins = -(-sum(lengths) // limit)

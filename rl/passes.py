@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from siesta.data.errors import ModelError
 from siesta.rl.attention import choose_backend
 from siesta.rl.config import DeGRPOConfig
-from siesta.rl.generation import replaced
+from siesta.rl.generation import inference, replaced
 from siesta.rl.machine import compute_dtype
 from siesta.rl.modes import Modes
 from siesta.rl.packing import sequence_costs, split_packed, split_sorted
@@ -43,7 +43,9 @@ class Passes:
         self.args = args
         models = [without_adapters(model) for model in models]
         dtype = compute_dtype(self.args, models[0].dtype)
-        backend, self.line = choose_backend(self.args.attention, self.accelerator.device.type, dtype, models[0].config)
+        backend, self.line = choose_backend(
+            self.args.attention, self.accelerator.device.type, dtype, models[0].config, models[0]
+        )
         self.scorer = Scorer(modes, backend)
         for model in models:
             self.scorer.attach(model)
@@ -134,7 +136,7 @@ class Passes:
         lengths = sequence_lengths(batch)
         rows = select(batch, sorted(range(len(lengths)), key=lambda i: lengths[i])[:4])
         ids, mask = with_prompts(rows)
-        with self.accelerator.autocast(), torch.compiler.set_stance("force_eager"):
+        with self.accelerator.autocast(), inference(model):  # not in training mode: dropout would differ
             gap = self.scorer.disagreement(model, ids, mask, rows["completion_ids"].shape[1])
         if not gap <= MAX_DISAGREEMENT:
             raise ModelError(

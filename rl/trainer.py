@@ -266,7 +266,9 @@ class DeGRPOTrainer(GRPOTrainer):
             kl = kl_loss(new, inputs["ref_per_token_logps"], inputs["kl_weights"])
             loss = loss + self.beta * kl
         with torch.no_grad():
-            mask, advantages = inputs["completion_mask"][:, 1:], inputs["advantages"][:, 1:]
+            # A pass without rows of its own (all weights 0) is not counted.
+            mask = inputs["completion_mask"][:, 1:] * (inputs["kl_weights"] > 0).any()
+            advantages = inputs["advantages"][:, 1:]
             entropies = cast(torch.Tensor, scores.entropies)[:, 1:]
             ratio = token_ratio(new, old, weights)[:, 1:]
             low = (ratio < 1 - self.epsilon_low) & (advantages < 0)

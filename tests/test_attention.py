@@ -15,6 +15,8 @@ import torch
 import torch.nn.attention.varlen
 from transformers import (
     Gemma2Config,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -167,11 +169,14 @@ def varlen_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- which back end ----------------------------------------------------------------------------------------------
 
 
+PACKED = [name for name, backend in BACKENDS.items() if backend.packed]
+
+
 def test_auto_on_a_cpu_is_sdpa_and_says_why() -> None:
     backend, line = choose_backend("auto", "cpu", torch.float32)
     assert backend is BACKENDS["sdpa"]
     assert not backend.packed
-    others = "; ".join(f"{name}: needs a CUDA device" for name in BACKENDS if name != "sdpa")
+    others = "; ".join(f"{name}: needs a CUDA device" for name in PACKED)
     assert line == f"attention: sdpa, sorted by length ({others})"
 
 
@@ -181,7 +186,7 @@ def test_a_back_end_that_was_asked_for_needs_no_reason() -> None:
     assert (backend.name, backend.packed, line) == ("varlen", True, "attention: varlen, packed")
 
 
-@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "sdpa"])
+@pytest.mark.parametrize("name", PACKED)
 def test_asking_for_a_missing_back_end_is_an_error_of_one_line(name: str) -> None:
     with pytest.raises(RecipeError) as error:
         choose_backend(name, "cpu", torch.bfloat16)
@@ -190,9 +195,9 @@ def test_asking_for_a_missing_back_end_is_an_error_of_one_line(name: str) -> Non
 
 def test_an_unknown_name_is_an_error_that_lists_the_known_ones() -> None:
     with pytest.raises(RecipeError) as error:
-        choose_backend("eager", "cuda", torch.bfloat16)
-    names = "auto, flash_attention_3, flash_attention_2, varlen, flex, sdpa"
-    assert str(error.value) == f"rl.attention: 'eager' is not one of {names}"
+        choose_backend("flashy", "cuda", torch.bfloat16)
+    names = "auto, flash_attention_3, flash_attention_2, varlen, flex, sdpa, eager"
+    assert str(error.value) == f"rl.attention: 'flashy' is not one of {names}"
 
 
 def test_kernels_of_half_precision_refuse_float32() -> None:
@@ -208,6 +213,24 @@ def test_auto_takes_the_first_that_can_be_used(monkeypatch: pytest.MonkeyPatch) 
     assert line.startswith("attention: varlen, packed (flash_attention_3: needs a CUDA device; flash_attention_2: ")
 
 
+def test_a_model_without_sdpa_goes_through_eager_attention() -> None:
+    """Sinks (gpt-oss) and capped logits are computed by eager and flash attention alone; the rest would drop them."""
+    config = GptOssConfig(**SHAPE, num_local_experts=2, layer_types=["full_attention"] * 2)
+    model = GptOssForCausalLM(config)  # its weights are not used
+    assert not model._supports_sdpa
+    backend, line = choose_backend("auto", "cuda", torch.float32, config, model)
+    assert backend.name == "eager"
+    assert "flex: the model has attention sinks" in line or "flex: the package triton" in line
+    with pytest.raises(RecipeError, match="varlen: the model has attention sinks or capped logits"):
+        choose_backend("varlen", "cuda", torch.bfloat16, config, model)
+
+
+def test_a_window_without_layer_types_is_seen() -> None:
+    assert unsuited(BACKENDS["flex"], MistralConfig(**SHAPE, sliding_window=3)) == "has no sliding window here"
+    assert unsuited(BACKENDS["flex"], MistralConfig(**SHAPE, sliding_window=None)) is None
+    assert unsuited(BACKENDS["varlen"], MistralConfig(**SHAPE, sliding_window=3)) is None
+
+
 def test_recurrent_layers_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their state knows no boundaries."""
     config = Qwen3NextConfig(num_hidden_layers=4)
@@ -217,11 +240,10 @@ def test_recurrent_layers_are_not_packed(monkeypatch: pytest.MonkeyPatch) -> Non
     backend, line = choose_backend("auto", "cuda", torch.bfloat16, config)
     assert backend.name == "sdpa"
     reason = "layers of type linear_attention would carry state over sequence boundaries"
-    assert line.count(reason) == len(BACKENDS) - 1
-    for name in BACKENDS:
-        if name != "sdpa":
-            with pytest.raises(RecipeError, match=f"^rl.attention: {name}: {reason}; use auto or sdpa$"):
-                choose_backend(name, "cuda", torch.bfloat16, config)
+    assert line.count(reason) == len(PACKED)
+    for name in PACKED:
+        with pytest.raises(RecipeError, match=f"^rl.attention: {name}: {reason}; use auto or sdpa$"):
+            choose_backend(name, "cuda", torch.bfloat16, config)
     # Negative control: attention alone goes to the first.
     assert choose_backend("auto", "cuda", torch.bfloat16, Qwen3Config(**SHAPE))[0].name == "flash_attention_3"
 
@@ -267,6 +289,19 @@ def test_block_mask_by_hand() -> None:
         [0, 0, 1, 1, 0],
         [0, 0, 1, 1, 1],
     ]
+
+
+def test_flex_attends_where_the_mask_says_and_at_the_given_scale() -> None:
+    """Heads of 8 would be scaled by 0.35; the outcome is sdpa's under the mask written out."""
+    torch.manual_seed(0)
+    pack = lay_out(*batch_of([([4], [2]), ([5, 6], [3])]), packed=True)
+    query, key, value = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8), torch.randn(1, 2, 5, 8)
+    found, _ = flex_forward(Attention(), query, key, value, None, scaling=0.9, **block_mask(pack))
+    dense = torch.block_diag(torch.ones(2, 2).tril(), torch.ones(3, 3).tril()).bool()[None, None]
+    expected, _ = sdpa_attention_forward(Attention(), query, key, value, dense, scaling=0.9)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    otherwise, _ = flex_forward(Attention(), query, key, value, None, scaling=None, **block_mask(pack))
+    assert (otherwise - expected).abs().max() > 1e-2
 
 
 # ---- packed rows are exact ---------------------------------------------------------------------------------------

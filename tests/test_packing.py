@@ -206,6 +206,8 @@ def test_split_packed_by_hand() -> None:
     assert split_packed(lengths, [float(n) for n in lengths], 16) == [[0, 1, 2, 3, 4]]
     # 15 tokens would fit into two packs of 8 if one could be cut; whole, they need three.
     assert split_packed([5, 5, 5], [5.0, 5.0, 5.0], 8) == [[0], [1], [2]]
+    assert split_packed([3, 3, 3], [3.0, 3.0, 3.0], 5) == [[0], [1], [2]]  # 6 and 3: one token too many
+    assert split_packed([3, 3, 3], [3.0, 3.0, 3.0], 6) == [[0, 2], [1]]
     # A row beyond the budget is alone.
     assert split_packed([2, 9, 3], [2.0, 9.0, 3.0], 8) == [[1], [0, 2]]
 

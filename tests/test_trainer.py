@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -11,8 +12,9 @@ from accelerate import Accelerator
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from siesta.data.errors import RecipeError
+from siesta.data.errors import ModelError, RecipeError
 from siesta.data.prompts import end_id, messages
+from siesta.rl import passes
 from siesta.rl.attention import BACKENDS, Backend
 from siesta.rl.config import DeGRPOConfig
 from siesta.rl.judge import Judge
@@ -271,13 +273,13 @@ SMALL = 20  # tokens; a prompt of `calc` has 5 to 13, a rollout up to 13 more
 def trained(folder: Path, **settings) -> tuple[torch.Tensor, int, list[dict]]:
     """How far a run moves the parameters, the forward and backward passes that took, and its log."""
     trainer = build(folder, **(SGD | settings))
-    passes, score = [], trainer.passes.score
-    trainer.passes.score = lambda model, rows: passes.append(sequence_lengths(rows)) or score(model, rows)
+    taken, score = [], trainer.passes.score
+    trainer.passes.score = lambda model, rows: taken.append(sequence_lengths(rows)) or score(model, rows)
     before = parameters(policy(trainer))
     trainer.train()
     budget = cast(DeGRPOConfig, trainer.args).token_budget
-    assert all(len(lengths) * max(lengths) <= budget or len(lengths) == 1 for lengths in passes)
-    return parameters(policy(trainer)) - before, len(passes), trainer.state.log_history
+    assert all(len(lengths) * max(lengths) <= budget or len(lengths) == 1 for lengths in taken)
+    return parameters(policy(trainer)) - before, len(taken), trainer.state.log_history
 
 
 def assert_same_step(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -288,14 +290,14 @@ def assert_same_step(found: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_a_small_token_budget_takes_the_same_step(tmp_path, method):
     """One pass of 8 rollouts, passes of at most 20 tokens, and these in two micro-batches."""
-    whole, passes, log = trained(tmp_path / "a", **METHODS[method])
-    assert passes == 1
-    small, passes, small_log = trained(tmp_path / "b", token_budget=SMALL, **METHODS[method])
-    assert passes > 4
+    whole, count, log = trained(tmp_path / "a", **METHODS[method])
+    assert count == 1
+    small, count, small_log = trained(tmp_path / "b", token_budget=SMALL, **METHODS[method])
+    assert count > 4
     assert_same_step(small, whole)
     accumulated = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-    split, passes, split_log = trained(tmp_path / "c", token_budget=SMALL, **accumulated, **METHODS[method])
-    assert passes > 4
+    split, count, split_log = trained(tmp_path / "c", token_budget=SMALL, **accumulated, **METHODS[method])
+    assert count > 4
     assert_same_step(split, whole)
     for name in ("loss", "grad_norm", "entropy", "clip_ratio/low", "clip_ratio/high"):
         assert small_log[0][name] == pytest.approx(log[0][name], rel=1e-3, abs=1e-6), name
@@ -315,18 +317,18 @@ def test_the_last_pass_alone_takes_another_step(tmp_path, monkeypatch):
             backward(self, loss, **settings)
 
     monkeypatch.setattr(Accelerator, "backward", last_only)
-    last, passes, _ = trained(tmp_path / "b", token_budget=SMALL)
-    assert calls == [False] * (passes - 1) + [True]
+    last, count, _ = trained(tmp_path / "b", token_budget=SMALL)
+    assert calls == [False] * (count - 1) + [True]
     assert (last - whole).norm() > 0.1 * whole.norm()
 
 
 def test_old_and_reference_policies_fit_into_a_small_budget(tmp_path):
     """Rollouts used twice: the second step needs the old policy, and both need the reference."""
     settings = {"num_iterations": 2, "max_steps": 2, "beta": 0.5, "learning_rate": 0.1} | METHODS["per_mode"]
-    whole, passes, log = trained(tmp_path / "a", **settings)
-    assert passes == 2
-    small, passes, small_log = trained(tmp_path / "b", token_budget=SMALL, **settings)
-    assert passes > 8
+    whole, count, log = trained(tmp_path / "a", **settings)
+    assert count == 2
+    small, count, small_log = trained(tmp_path / "b", token_budget=SMALL, **settings)
+    assert count > 8
     assert_same_step(small, whole)
     assert log[1]["kl"] > 1e-6
     assert small_log[1]["kl"] == pytest.approx(log[1]["kl"], rel=1e-3)
@@ -395,3 +397,30 @@ def test_every_rank_makes_as_many_passes_and_those_without_rows_add_nothing(tmp_
         loss, gradient = loss_gradient(trainer, batch, [list(range(8))])
         assert loss == pytest.approx(whole[0], abs=1e-6)
         assert_same_step(gradient, whole[1])
+
+
+def test_micro_batches_of_one_optimizer_step_are_dealt_together(tmp_path, monkeypatch):
+    """As many as surely belong together: steps_per_generation and gradient_accumulation_steps need not agree."""
+    trainer, asked = build(tmp_path), []
+    monkeypatch.setattr(passes, "spread", lambda *args, **given: asked.append((given["steps"], given["accumulation"])))
+    for number, accumulation in [(4, 4), (4, 2), (1, 4), (4, 6), (6, 4)]:
+        trainer.passes.args.steps_per_generation = number
+        trainer.passes.args.gradient_accumulation_steps = accumulation
+        trainer.passes.deal({}, seed=0)
+    assert asked == [(1, 4), (2, 2), (1, 1), (2, 2), (3, 2)]
+
+
+def test_a_back_end_that_mixes_sequences_up_stops_the_run(tmp_path):
+    """Once, before the first step; a right one goes on to the same gradient."""
+    trainer = build(tmp_path)
+    batch = rollout_batch(trainer)
+    whole = loss_gradient(trainer, batch, [list(range(8))])
+    for backend in (PACKED_SDPA, replace(BACKENDS["varlen"], arguments=lambda pack: {})):
+        use(trainer, backend, 10_000)
+        trainer.passes._checked = False
+        if backend is PACKED_SDPA:
+            assert_same_step(loss_gradient(trainer, batch, [list(range(8))])[1], whole[1])
+        else:
+            with pytest.raises(ModelError, match=r"^attention varlen: packed rows score .* set rl\.attention: sdpa$"):
+                loss_gradient(trainer, batch, [list(range(8))])
+        assert trainer.passes._checked

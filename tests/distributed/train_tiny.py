@@ -1,0 +1,79 @@
+"""Three steps of DeGRPO on given rollouts, in however many processes it is launched; writes the weights.
+
+    train_tiny.py FOLDER NAME TOKEN_BUDGET
+
+FOLDER holds `model`. Rollouts depend on the step and the prompt's place in the whole batch alone, so that any number
+of processes trains on the same ones; their lengths differ.
+"""
+
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import cast
+
+import torch
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from siesta.rl.config import DeGRPOConfig
+from siesta.rl.trainer import DeGRPOTrainer
+from tests.helpers import parameters, tiny_judge
+from tests.test_trainer import dataset
+
+ROLLOUTS = 16
+
+
+class GivenRollouts(DeGRPOTrainer):
+    """Writes random tokens of random lengths instead of asking the model."""
+
+    def _generate_locally(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+        first = self.accelerator.process_index * len(prompt_ids)
+        responses = []
+        for place, column in enumerate(self._plan.modes.tolist()):
+            draw = torch.Generator().manual_seed(1000 * self.state.global_step + first + place)
+            length = int(torch.randint(1, self.modes[column].max_tokens + 1, (1,), generator=draw))
+            responses.append(torch.randint(4, 30, (length,), generator=draw).tolist())
+        for column in range(len(self.modes)):
+            self._verify(column, responses)
+        return responses
+
+
+def main(folder: Path, name: str, budget: int) -> None:
+    judge = tiny_judge()
+    judge.verifiers["exact"] = lambda solution, answer: float(sum(map(ord, solution + answer)) % 3 == 0)
+    args = DeGRPOConfig(
+        output_dir=str(folder / "out"),
+        num_generations=4,
+        max_steps=3,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        max_grad_norm=1e9,
+        save_strategy="no",
+        report_to=[],
+        bf16=False,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        token_budget=budget,
+        optim="adamw_torch",
+    )
+    args.per_device_train_batch_size = ROLLOUTS // args.world_size
+    args.generation_batch_size = ROLLOUTS
+    args.steps_per_generation = 1
+    trainer = GivenRollouts(model=str(folder / "model"), judge=judge, args=args, train_dataset=dataset())
+    trainer.train()
+    model = cast(torch.nn.Module, trainer.accelerator.unwrap_model(trainer.model))
+    whole = nullcontext()
+    if is_deepspeed_zero3_enabled():
+        import deepspeed
+
+        whole = deepspeed.zero.GatheredParameters(list(model.parameters()))
+    with whole:
+        weights = parameters(model).clone()
+    if trainer.accelerator.is_main_process:
+        torch.save(weights, folder / f"{name}.pt")
+        print(f"{trainer.accelerator.distributed_type.value} {trainer.accelerator.num_processes}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
