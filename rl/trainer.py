@@ -7,6 +7,7 @@ What is overridden, and why (tests/test_trl_contract.py holds TRL to it):
 - `_prepare_inputs`: a generation batch is split over ranks and micro-batches by tokens instead of rows.
 - `_generate_and_score_completions`: TRL's advantages are replaced by mode and response advantages, weights, targets.
 - `_compute_loss`: the sum of `rl/loss.py`, in as many passes as the token budget asks for.
+- `training_step`, `_calculate_rewards`, `_save_checkpoint`: timed, nothing else.
 - `log`: means are taken without dropping NaN.
 """
 

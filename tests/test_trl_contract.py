@@ -17,6 +17,10 @@ from siesta.rl.trainer import DeGRPOTrainer
 SEAMS = {
     "_generate_single_turn": ["prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"],
     "_generate_and_score_completions": ["inputs"],
+    "_prepare_inputs": ["generation_batch"],
+    "_calculate_rewards": ["inputs", "prompts", "completions", "completion_ids_list"],
+    "training_step": ["model", "inputs", "num_items_in_batch"],
+    "_save_checkpoint": ["model", "trial"],
     "_compute_loss": ["model", "inputs"],
     "log": ["logs", "start_time"],
 }
