@@ -65,7 +65,7 @@ def main(folder: Path, name: str, budget: int) -> None:
     model = cast(torch.nn.Module, trainer.accelerator.unwrap_model(trainer.model))
     whole = nullcontext()
     if is_deepspeed_zero3_enabled():
-        import deepspeed
+        import deepspeed  # pyright: ignore[reportMissingImports]
 
         whole = deepspeed.zero.GatheredParameters(list(model.parameters()))
     with whole:
