@@ -13,13 +13,14 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from siesta.data.errors import RecipeError
+from siesta.rl.masks import block_mask, boundaries, tree_mask
 from siesta.rl.packing import Pack
 
 # True while a packed row goes through a model: the kernel gets the boundaries, so no S x S mask is built.
@@ -112,25 +113,6 @@ def _compiled_flex() -> Callable:
     return _compiled[0]
 
 
-def boundaries(pack: Pack) -> dict[str, Any]:
-    """Where each sequence of a packed row begins and ends, as the flash kernels take it."""
-    ends = torch.nn.functional.pad(pack.lengths.cumsum(0), (1, 0)).to(torch.int32)
-    longest = int(pack.lengths.max())
-    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
-
-
-def block_mask(pack: Pack) -> dict[str, Any]:
-    """Causal attention inside each sequence, as FlexAttention takes it."""
-    size = int(pack.lengths.sum())
-    sequence = torch.repeat_interleave(torch.arange(len(pack.lengths), device=pack.lengths.device), pack.lengths)
-
-    def same_and_before(batch: Any, head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        return (sequence[query] == sequence[key]) & (query >= key)
-
-    mask = create_block_mask(same_and_before, None, None, size, size, device=sequence.device)
-    return {"block_mask": mask}
-
-
 @dataclass(frozen=True)
 class Backend:
     """A way to attend in the training pass.
@@ -141,6 +123,7 @@ class Backend:
         packed: Whether rows are packed for it.
         arguments: Keyword arguments of the model for a pack.
         missing: Why this machine cannot run it; None if it can.
+        shares: Whether it can follow a tree, so that a prompt is computed once for all its completions.
     """
 
     name: str
@@ -148,6 +131,7 @@ class Backend:
     packed: bool
     arguments: Callable[[Pack], dict[str, Any]]
     missing: Callable[[str, torch.dtype], str | None]
+    shares: bool = False
 
 
 def _flash_missing(module: str, available: Callable[[], bool]) -> Callable[[str, torch.dtype], str | None]:
@@ -198,8 +182,8 @@ BACKENDS = {
             _flash_missing("flash_attn", is_flash_attn_2_available),
         ),
         Backend("varlen", "siesta_varlen", True, boundaries, _varlen_missing),
-        Backend("flex", "siesta_flex", True, block_mask, _flex_missing),
-        Backend("sdpa", "sdpa", False, _nothing, lambda device, dtype: None),
+        Backend("flex", "siesta_flex", True, block_mask, _flex_missing, shares=True),
+        Backend("sdpa", "sdpa", False, tree_mask, lambda device, dtype: None, shares=True),
         Backend("eager", "eager", False, _nothing, lambda device, dtype: None),
     )
 }
@@ -216,6 +200,8 @@ def choose_backend(
     dtype: torch.dtype,
     config: PreTrainedConfig | None = None,
     model: PreTrainedModel | None = None,
+    *,
+    share: bool = False,
 ) -> tuple[Backend, str]:
     """The back end to use and a line that says why.
 
@@ -225,6 +211,7 @@ def choose_backend(
         dtype: What the model computes in.
         config: Of the model, if at hand.
         model: The model, if at hand: some of what decides it is written in its class alone.
+        share: Prompts are to be shared.
 
     Raises:
         RecipeError: `wanted` cannot be used.
@@ -233,19 +220,32 @@ def choose_backend(
         raise RecipeError(f"rl.attention: {wanted!r} is not one of auto, {', '.join(BACKENDS)}")
     reasons = []
     for backend in BACKENDS.values() if wanted == "auto" else [BACKENDS[wanted]]:
-        reason = backend.missing(device, dtype) or unsuited(backend, config, model)
+        reason = backend.missing(device, dtype) or unsuited(backend, config, model, share=share)
+        if reason is None and wanted == "auto" and backend.name == "flex" and dtype == torch.float32:
+            reason = "slower than sorted rows in float32"
         if reason is None:
             skipped = f" ({'; '.join(reasons)})" if reasons else ""
-            return backend, f"attention: {backend.name}, {'packed' if backend.packed else 'sorted by length'}{skipped}"
+            rows = f"{'packed' if backend.packed else 'sorted by length'}{', shared prompts' if share else ''}"
+            return backend, f"attention: {backend.name}, {rows}{skipped}"
         reasons.append(f"{backend.name}: {reason}")
+    if share:
+        raise RecipeError(f"rl.share_prompts: {'; '.join(reasons)}; use attention: auto or share_prompts: false")
     raise RecipeError(f"rl.attention: {reasons[0]}; use auto or sdpa")
 
 
-def unsuited(backend: Backend, config: PreTrainedConfig | None, model: PreTrainedModel | None = None) -> str | None:
+def unsuited(
+    backend: Backend,
+    config: PreTrainedConfig | None,
+    model: PreTrainedModel | None = None,
+    *,
+    share: bool = False,
+) -> str | None:
     """Why a model with this config cannot run on the back end; None if it can."""
+    if share and not backend.shares:
+        return "cannot share prompts"
     if model is not None and backend.name in ("varlen", "flex", "sdpa") and not model._supports_sdpa:
         return "the model has attention sinks or capped logits, which it does not compute"
-    if config is None or not backend.packed:
+    if config is None or not (backend.packed or share):
         return None
     if model is not None and model._is_stateful:
         return "its recurrent layers would carry state over sequence boundaries"
@@ -256,6 +256,6 @@ def unsuited(backend: Backend, config: PreTrainedConfig | None, model: PreTraine
     if text.get("attn_logit_softcapping") is not None and backend.name in ("varlen", "flex"):
         return "does not cap attention logits"
     windowed = text.get("sliding_window") if not text.get("layer_types") else "sliding_attention" in layers
-    if backend.name == "flex" and windowed:
+    if windowed and (share or backend.name == "flex"):
         return "has no sliding window here"
     return None

@@ -1,6 +1,8 @@
 """Settings of DeGRPO: everything GRPOConfig has, plus the mode objective. This is the recipe's `rl:` section."""
 
 from dataclasses import dataclass, field, fields
+from math import gcd
+from typing import cast
 
 from trl import GRPOConfig
 
@@ -83,6 +85,10 @@ class DeGRPOConfig(GRPOConfig):
     attention: str = field(
         default="auto", metadata={"help": "Of the training pass: `auto`, or a name of siesta.rl.attention.BACKENDS."}
     )
+    share_prompts: bool = field(
+        default=False,
+        metadata={"help": "Compute a prompt once for all rollouts of its group; pays where prompts are long."},
+    )
     profile: bool = field(
         default=False, metadata={"help": "Write a torch profiler trace of two steps to <run>/rl/profile."}
     )
@@ -112,6 +118,12 @@ class DeGRPOConfig(GRPOConfig):
                 f"rl.num_generations: {self.num_generations} rollout cannot hold two modes; use at least 2"
             )
         super().__post_init__()
+
+
+def optimizer_steps(config: DeGRPOConfig) -> int:
+    """Parts of a generation batch that are sure to fall into different optimizer steps."""
+    number = cast(int, config.steps_per_generation)
+    return number // gcd(number, config.gradient_accumulation_steps)
 
 
 def check_method(config: DeGRPOConfig, num_modes: int) -> None:
@@ -149,6 +161,12 @@ def check_method(config: DeGRPOConfig, num_modes: int) -> None:
     if config.scale_rewards == "group" and config.advantage == "per_mode":
         raise RecipeError(
             "rl.scale_rewards: per_mode advantages are not scaled; use advantage: group or scale_rewards: none"
+        )
+    prompts, steps = cast(int, config.generation_batch_size) // group, optimizer_steps(config)
+    if config.share_prompts and prompts % steps:
+        raise RecipeError(
+            f"rl.share_prompts: {prompts} prompts of a generation batch cannot be dealt evenly to {steps} optimizer "
+            "steps; change rl.steps_per_generation"
         )
     for name in ("tau", "tau_start", "alpha", "verifier_timeout", "temperature"):
         value = getattr(config, name)

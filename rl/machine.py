@@ -31,7 +31,7 @@ def check_machine(config: DeGRPOConfig, weights: torch.dtype, longest: int) -> N
         RecipeError: With the key to change.
     """
     device = default_device()
-    choose_backend(config.attention, device, compute_dtype(config, weights))
+    choose_backend(config.attention, device, compute_dtype(config, weights), share=config.share_prompts)
     if config.use_vllm:
         check_vllm()
         if device != "cuda":
@@ -48,7 +48,9 @@ def memory_estimate(recipe: Recipe, config: DeGRPOConfig) -> Memory:
     device = default_device()
     dtype = getattr(torch, recipe.model.dtype)
     model = model_config(recipe.model, make_tokenizer(recipe)[0])
-    backend, _ = choose_backend(config.attention, device, compute_dtype(config, dtype), model)
+    backend, _ = choose_backend(
+        config.attention, device, compute_dtype(config, dtype), model, share=config.share_prompts
+    )
     return estimate(
         model,
         config,

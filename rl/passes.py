@@ -6,7 +6,6 @@ as many passes as the rank that needs most: forward and backward can be collecti
 """
 
 from collections.abc import Callable, Sequence
-from math import gcd
 from typing import Any, cast
 
 import torch
@@ -18,17 +17,27 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from siesta.data.errors import ModelError
 from siesta.rl.attention import choose_backend
-from siesta.rl.config import DeGRPOConfig
+from siesta.rl.config import DeGRPOConfig, optimizer_steps
 from siesta.rl.generation import inference, replaced
 from siesta.rl.machine import compute_dtype
 from siesta.rl.modes import Modes
-from siesta.rl.packing import sequence_costs, split_packed, split_sorted
+from siesta.rl.packing import (
+    Unit,
+    make_units,
+    same_prompts,
+    saved_prompts,
+    sequence_cost,
+    split_packed,
+    split_sorted,
+)
 from siesta.rl.scoring import Scorer, TokenScores
 from siesta.rl.spread import Batch, select, sequence_lengths, spread
 from siesta.rl.timing import model_flops, peak_flops
 
 # Mean difference of log-probabilities between layouts, in nats a token; in bf16 rounding makes about 0.01.
 MAX_DISAGREEMENT = 0.1
+# What a pass costs beside its tokens, in tokens: an accelerator waits for its kernels to be launched.
+PASS_COST, PASS_COST_CPU = 1024, 128
 
 
 class Passes:
@@ -43,17 +52,18 @@ class Passes:
         self.args = args
         models = [without_adapters(model) for model in models]
         dtype = compute_dtype(self.args, models[0].dtype)
+        device, share = self.accelerator.device, self.args.share_prompts
         backend, self.line = choose_backend(
-            self.args.attention, self.accelerator.device.type, dtype, models[0].config, models[0]
+            self.args.attention, device.type, dtype, models[0].config, models[0], share=share
         )
-        self.scorer = Scorer(modes, backend)
+        self.scorer = Scorer(modes, backend, share=share)
         for model in models:
             self.scorer.attach(model)
         if self.args.compile_layers and backend.packed and not is_deepspeed_zero3_enabled():
             for layer in (layer for model in models for layer in layers_of(model)):
                 layer.compile(dynamic=True)  # one graph for packs of any length
             self.line += ", compiled layers"
-        self._checked = not backend.packed
+        self._checked = not (backend.packed or share)
         self.config = models[0].config
         self.peak_flops = peak_flops(self.accelerator.device, dtype)
         self.flops = 0.0  # of the model in training passes since the last log
@@ -62,42 +72,58 @@ class Passes:
         head = text.to_dict().get("head_dim") or text.hidden_size // text.num_attention_heads
         self.tokens_per_doubling = 12 * text.hidden_size**2 / (text.num_attention_heads * head)
 
-    def costs(self, lengths: list[int]) -> list[float]:
-        """Work of sequences."""
-        return sequence_costs(lengths, self.tokens_per_doubling)
+    def cost(self, length: int) -> float:
+        """Work of a sequence."""
+        return sequence_cost(length, self.tokens_per_doubling)
+
+    def units(
+        self, lengths: list[int], prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, **most: Any
+    ) -> list[Unit]:
+        """Rollouts that stay together: those of a prompt if it is shared, else each alone."""
+        names = same_prompts(prompt_ids, prompt_mask).tolist() if self.scorer.share else range(len(lengths))
+        prompts = list(zip(names, prompt_mask.sum(1).tolist(), strict=True))
+        return make_units(lengths, prompts, self.cost, **most)
+
+    def groups(self, batch: Batch) -> list[Unit]:
+        """Units of a generation batch: no more rows in any than a group has, so that steps can be of equal rows."""
+        most = cast(int, self.args.num_generations)
+        return self.units(sequence_lengths(batch), batch["prompt_ids"], batch["prompt_mask"], rows=most)
 
     def deal(self, batch: Batch, seed: int) -> list[Batch]:
         """The micro-batches of a generation batch; see `siesta.rl.spread.spread`."""
-        number = cast(int, self.args.steps_per_generation)
-        # Consecutive micro-batches that are sure to fall into the same optimizer step.
-        accumulation = gcd(number, self.args.gradient_accumulation_steps)
+        steps = optimizer_steps(self.args)
         return spread(
             batch,
             self.accelerator,
-            steps=number // accumulation,
-            accumulation=accumulation,
-            costs=self.costs,
+            steps=steps,
+            accumulation=cast(int, self.args.steps_per_generation) // steps,
+            units=self.groups,
             seed=seed,
         )
 
-    def split(self, lengths: list[int]) -> list[list[int]]:
+    def split(self, ids: torch.Tensor, mask: torch.Tensor, completion_length: int) -> list[list[int]]:
         """Rows of each pass; as many passes on every rank, some of them perhaps without rows."""
-        budget = self.args.token_budget
+        budget, prompts = self.args.token_budget, slice(None, -completion_length)
+        units = self.units(mask.sum(1).tolist(), ids[:, prompts], mask[:, prompts], rows=len(ids), tokens=budget)
+        tokens = [unit.tokens for unit in units]
         if self.scorer.backend.packed:
-            parts = split_packed(lengths, self.costs(lengths), budget)
+            parts = split_packed(tokens, [unit.cost for unit in units], budget)
         else:
-            parts = split_sorted(lengths, budget)
+            parts = split_sorted(tokens, budget, PASS_COST_CPU if ids.device.type == "cpu" else PASS_COST)
         number = torch.tensor([len(parts)], device=self.accelerator.device)
         most = int(cast(torch.Tensor, self.accelerator.gather(number)).max())
-        return parts + [[] for _ in range(most - len(parts))]
+        rows = [[row for i in part for row in units[i].rows] for part in parts]
+        return rows + [[] for _ in range(most - len(rows))]
 
     def score(self, model: torch.nn.Module, rows: Batch) -> TokenScores:
         """Scores of a batch in one training pass."""
-        if self.peak_flops is not None:
-            self.flops += model_flops(self.config, sequence_lengths(rows), int(rows["completion_mask"].sum()))
         ids, mask = with_prompts(rows)
+        pack = self.scorer.lay_out(ids, mask, rows["completion_ids"].shape[1])
+        if self.peak_flops is not None:
+            self.flops += model_flops(self.config, pack.lengths.tolist(), len(pack.targets) + len(pack.lengths))
+            self.flops -= model_flops(self.config, saved_prompts(pack), 0)
         with self.accelerator.autocast():
-            return self.scorer.score(model, self.scorer.lay_out(ids, mask, rows["completion_ids"].shape[1]))
+            return self.scorer.score(model, pack)
 
     def speed(self, times: dict[str, float], steps: int) -> dict[str, float]:
         """`times` of a step of this rank, with its tokens per second and share of the chip's matrix units."""
@@ -113,7 +139,7 @@ class Passes:
     ) -> torch.Tensor:
         """Loss of a micro-batch. All passes but the last have gone backward when it returns; the last is its graph."""
         self._check(model, batch)
-        *parts, last = self.split(sequence_lengths(batch))
+        *parts, last = self.split(*with_prompts(batch), batch["completion_ids"].shape[1])
         done = torch.zeros((), device=self.accelerator.device)
         # The Trainer scales the same way: DeepSpeed would divide by the accumulation steps once more.
         scale = {"scale_wrt_gas": False} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {}
@@ -125,7 +151,7 @@ class Passes:
         return loss_of(select(batch, last)) + done
 
     def _check(self, model: torch.nn.Module, batch: Batch) -> None:
-        """Compare packed with padded rows once: a back end that mixes sequences up would train without a complaint.
+        """Compare the layout with padded rows once: one that mixes sequences up would train without a complaint.
 
         Raises:
             ModelError: They differ by more than rounding.
@@ -133,15 +159,15 @@ class Passes:
         if self._checked:
             return
         self._checked = True
-        lengths = sequence_lengths(batch)
-        rows = select(batch, sorted(range(len(lengths)), key=lambda i: lengths[i])[:4])
+        smallest = sorted(self.groups(batch), key=lambda unit: unit.tokens)[:4]
+        rows = select(batch, [row for unit in smallest for row in unit.rows[:2]])
         ids, mask = with_prompts(rows)
         with self.accelerator.autocast(), inference(model):  # not in training mode: dropout would differ
             gap = self.scorer.disagreement(model, ids, mask, rows["completion_ids"].shape[1])
         if not gap <= MAX_DISAGREEMENT:
             raise ModelError(
-                f"attention {self.scorer.backend.name}: packed rows score {gap:.3f} nats a token off padded ones "
-                f"for this model (at most {MAX_DISAGREEMENT}); set rl.attention: sdpa"
+                f"attention {self.scorer.backend.name}: rows as it takes them score {gap:.3f} nats a token off padded "
+                f"ones for this model (at most {MAX_DISAGREEMENT}); set rl.attention: sdpa, rl.share_prompts: false"
             )
 
     def log_probabilities(
@@ -149,7 +175,7 @@ class Passes:
     ) -> torch.Tensor:
         """Log-probabilities of the last `completion_length` tokens of each row, (B, T), without gradient."""
         logps = torch.zeros((len(input_ids), completion_length), device=input_ids.device)
-        for rows in self.split(attention_mask.sum(1).tolist()):
+        for rows in self.split(input_ids, attention_mask, completion_length):
             part = rows or [0]
             with torch.no_grad(), self.accelerator.autocast():
                 pack = self.scorer.lay_out(input_ids[part], attention_mask[part], completion_length)

@@ -47,11 +47,13 @@ class Scorer:
     Args:
         modes: Their control tokens.
         backend: How attention is computed, and with it how rows are laid out.
+        share: Whether rows with the same prompt share it.
     """
 
-    def __init__(self, modes: Modes, backend: Backend):
+    def __init__(self, modes: Modes, backend: Backend, *, share: bool = False):
         self.modes = modes
         self.backend = backend
+        self.share = share
         self._chosen: torch.Tensor | None = None
 
     def attach(self, model: PreTrainedModel) -> None:
@@ -75,18 +77,17 @@ class Scorer:
 
     def lay_out(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_length: int) -> Pack:
         """Rows as the back end takes them; see `siesta.rl.packing.lay_out`."""
-        return lay_out(input_ids, attention_mask, completion_length, packed=self.backend.packed)
+        packed = self.backend.packed
+        return lay_out(input_ids, attention_mask, completion_length, packed=packed, shared=self.share)
 
     @torch.no_grad()
     def disagreement(
         self, model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_length: int
     ) -> float:
-        """Mean difference of log-probabilities, in nats, between the back end's packed row and padded rows."""
-        packed, padded = (
-            self.score(model, lay_out(input_ids, attention_mask, completion_length, packed=packed))
-            for packed in (True, False)
-        )
-        difference = (packed.per_token_logps - padded.per_token_logps).abs()
+        """Mean difference of log-probabilities, in nats, between the back end's layout and padded rows."""
+        found = self.score(model, self.lay_out(input_ids, attention_mask, completion_length))
+        padded = self.score(model, lay_out(input_ids, attention_mask, completion_length, packed=False))
+        difference = (found.per_token_logps - padded.per_token_logps).abs()
         return difference.sum().item() / attention_mask[:, -completion_length:].sum().item()
 
     def score(self, model: torch.nn.Module, pack: Pack) -> TokenScores:
@@ -95,7 +96,7 @@ class Scorer:
         control = torch.tensor(self.modes.token_ids, device=pack.targets.device)
         places = torch.cat([pack.first.repeat_interleave(num_modes), pack.predicts])
         targets = torch.cat([control.repeat(rows), pack.targets])
-        arguments = self.backend.arguments(pack) if pack.packed else {}
+        arguments = self.backend.arguments(pack) if pack.packed or pack.shared else {}
         with self._choosing(places), packed_row() if pack.packed else nullcontext():
             output = model(**pack.inputs, **arguments, shift_labels=targets[None], fused_lm_head=True)
         logps = output.log_probs[0].float()

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from siesta.rl.packing import balance
+from siesta.rl.packing import Unit, balance
 
 Batch = dict[str, torch.Tensor]
 
@@ -58,32 +58,32 @@ def spread(
     *,
     steps: int,
     accumulation: int,
-    costs: Callable[[list[int]], list[float]],
+    units: Callable[[Batch], list[Unit]],
     seed: int,
 ) -> list[Batch]:
     """This rank's micro-batches, `steps * accumulation` of them, in the order in which they are trained on.
 
-    The rollouts of all ranks are shuffled into optimizer steps of equal rows, and each step's rows are dealt to ranks
-    and micro-batches so that all have about the same work. The loss does not depend on the deal.
+    The units of all ranks' rollouts are shuffled into optimizer steps, as many in each, and each step's are dealt to
+    ranks and micro-batches so that all have about the same work. The loss does not depend on the deal.
 
     Args:
         batch: This rank's rollouts.
         steps: Optimizer steps the batch is for.
         accumulation: Micro-batches of a step on each rank.
-        costs: Work of sequences, from their lengths.
+        units: Which rollouts stay together, of equal numbers of rows if there are several steps.
         seed: Of the shuffle; the same on every rank.
     """
     if accelerator.num_processes > 1:
         device = batch["prompt_ids"].device
         everyone = gather_object([{key: value.cpu() for key, value in batch.items()}])
         batch = {key: value.to(device) for key, value in concatenate(everyone).items()}
-    lengths = sequence_lengths(batch)
-    order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
+    together = units(batch)
+    order = torch.randperm(len(together), generator=torch.Generator().manual_seed(seed)).tolist()
     micro_batches = []
     for step in range(steps):
-        rows = order[step::steps]
-        deal = balance(costs([lengths[row] for row in rows]), accelerator.num_processes * accumulation)
+        chosen = [together[i] for i in order[step::steps]]
+        deal = balance([unit.cost for unit in chosen], accelerator.num_processes * accumulation)
         first = accelerator.process_index * accumulation
         for part in deal[first : first + accumulation]:
-            micro_batches.append(select(batch, [rows[i] for i in part]))
+            micro_batches.append(select(batch, [row for i in part for row in chosen[i].rows]))
     return micro_batches

@@ -1,4 +1,5 @@
 """Packed attention is exact: a row of many sequences scores, and moves the weights, as each sequence does alone.
+So is attention that follows a tree: completions that share a prompt score as each does behind its own.
 
 On the CPU the layout `padded` through sdpa is the reference. FlexAttention runs uncompiled here, and forward only
 (torch has no backward of it on the CPU); the kernel of torch.nn.attention.varlen is replaced by a loop over the
@@ -36,8 +37,6 @@ from siesta.rl import attention
 from siesta.rl.attention import (
     BACKENDS,
     Backend,
-    block_mask,
-    boundaries,
     choose_backend,
     flex_forward,
     no_mask_when_packed,
@@ -46,6 +45,7 @@ from siesta.rl.attention import (
     varlen_forward,
 )
 from siesta.rl.generation import complete
+from siesta.rl.masks import block_mask, boundaries
 from siesta.rl.modes import Mode, Modes
 from siesta.rl.packing import lay_out
 from siesta.rl.scoring import Scorer, TokenScores
@@ -86,6 +86,15 @@ ROWS: Rows = [
     ([17, 18, 19], [3, 24, 25, 26, 27, 28, 29, 30, 1]),
     ([31], [2]),
 ]
+# Groups of three, two and one, interleaved, with either control token in each group.
+GROUPS: Rows = [
+    ([10, 11, 12, 13, 14], [3, 20, 21, 22, 1]),
+    ([15, 16], [2, 23]),
+    ([10, 11, 12, 13, 14], [2, 33]),
+    ([17, 18, 19], [3, 24, 25, 26, 27, 28, 29, 30, 1]),
+    ([15, 16], [3, 34, 35, 36]),
+    ([10, 11, 12, 13, 14], [3, 37, 38, 1]),
+]
 
 
 class Attention(torch.nn.Module):
@@ -95,25 +104,31 @@ class Attention(torch.nn.Module):
     is_causal = True
 
 
-def build(make: Callable[[], PreTrainedModel], backend: Backend) -> tuple[PreTrainedModel, Scorer]:
+def build(
+    make: Callable[[], PreTrainedModel], backend: Backend, *, share: bool = False
+) -> tuple[PreTrainedModel, Scorer]:
     """The same weights every time."""
     torch.manual_seed(0)
     model = make().eval()
     add_fused_lm_head(model, temperature=0.7, outputs=("log_probs", "entropy"))
-    scorer = Scorer(MODES, backend)
+    scorer = Scorer(MODES, backend, share=share)
     scorer.attach(model)
     return model, scorer
 
 
-def scores(make: Callable[[], PreTrainedModel], backend: Backend, rows: Rows = ROWS) -> TokenScores:
-    model, scorer = build(make, backend)
+def scores(
+    make: Callable[[], PreTrainedModel], backend: Backend, rows: Rows = ROWS, *, share: bool = False
+) -> TokenScores:
+    model, scorer = build(make, backend, share=share)
     with torch.no_grad():
         return scorer.score(model, scorer.lay_out(*batch_of(rows)))
 
 
-def gradient(make: Callable[[], PreTrainedModel], backend: Backend, rows: Rows = ROWS) -> torch.Tensor:
+def gradient(
+    make: Callable[[], PreTrainedModel], backend: Backend, rows: Rows = ROWS, *, share: bool = False
+) -> torch.Tensor:
     """Of a sum in which every score has another weight."""
-    model, scorer = build(make, backend)
+    model, scorer = build(make, backend, share=share)
     found = scorer.score(model, scorer.lay_out(*batch_of(rows)))
     loss = torch.zeros(())
     for part in (found.per_token_logps, found.mode_logps, found.log_mass):
@@ -213,6 +228,83 @@ def test_auto_takes_the_first_that_can_be_used(monkeypatch: pytest.MonkeyPatch) 
     assert line.startswith("attention: varlen, packed (flash_attention_3: needs a CUDA device; flash_attention_2: ")
 
 
+def test_auto_leaves_flex_out_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sorted rows are faster there; asked for by name it is used."""
+    able = {"flex": replace(BACKENDS["flex"], missing=lambda device, dtype: None)}
+    unable = {name: replace(BACKENDS[name], missing=lambda device, dtype: "is out") for name in PACKED[:3]}
+    monkeypatch.setattr(attention, "BACKENDS", BACKENDS | able | unable)
+    backend, line = choose_backend("auto", "cuda", torch.float32)
+    assert backend is BACKENDS["sdpa"]
+    out = "; ".join(f"{name}: is out" for name in PACKED[:3])
+    assert line == f"attention: sdpa, sorted by length ({out}; flex: slower than sorted rows in float32)"
+    for share in (False, True):
+        assert choose_backend("auto", "cuda", torch.float32, share=share)[0].name == "sdpa"
+        assert choose_backend("flex", "cuda", torch.float32, share=share)[0].name == "flex"
+        assert choose_backend("auto", "cuda", torch.bfloat16, share=share)[0].name == "flex"
+
+
+def test_auto_on_a_cpu_shares_prompts_through_sdpa() -> None:
+    backend, line = choose_backend("auto", "cpu", torch.float32, LlamaConfig(**SHAPE), share=True)
+    assert backend is BACKENDS["sdpa"]
+    others = "; ".join(f"{name}: needs a CUDA device" for name in PACKED)
+    assert line == f"attention: sdpa, sorted by length, shared prompts ({others})"
+
+
+def test_auto_passes_over_what_cannot_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    able = {name: replace(backend, missing=lambda device, dtype: None) for name, backend in BACKENDS.items()}
+    monkeypatch.setattr(attention, "BACKENDS", able)
+    backend, line = choose_backend("auto", "cuda", torch.bfloat16, share=True)
+    assert backend.name == "flex"
+    others = "; ".join(f"{name}: cannot share prompts" for name in PACKED[:3])
+    assert line == f"attention: flex, packed, shared prompts ({others})"
+    # Negative control: without sharing the first is taken.
+    assert choose_backend("auto", "cuda", torch.bfloat16)[0].name == "flash_attention_3"
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_only_flex_and_sdpa_share_prompts(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    able = {name: replace(BACKENDS[name], missing=lambda device, dtype: None)}
+    monkeypatch.setattr(attention, "BACKENDS", BACKENDS | able)
+    if name in ("flex", "sdpa"):
+        assert ", shared prompts" in choose_backend(name, "cuda", torch.bfloat16, share=True)[1]
+        return
+    with pytest.raises(RecipeError) as error:
+        choose_backend(name, "cuda", torch.bfloat16, share=True)
+    advice = "use attention: auto or share_prompts: false"
+    assert str(error.value) == f"rl.share_prompts: {name}: cannot share prompts; {advice}"
+    assert choose_backend(name, "cuda", torch.bfloat16)[0].name == name
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (MistralConfig(**SHAPE, sliding_window=3), "has no sliding window here"),
+        (
+            Qwen2Config(**SHAPE, use_sliding_window=True, sliding_window=3, layer_types=SLIDING),
+            "has no sliding window here",
+        ),
+        (
+            Qwen3NextConfig(num_hidden_layers=4),
+            "layers of type linear_attention would carry state over sequence boundaries",
+        ),
+    ],
+    ids=lambda value: value.model_type if isinstance(value, PreTrainedConfig) else "",
+)
+def test_models_whose_layers_cannot_follow_a_tree_refuse_to_share(config: PreTrainedConfig, reason: str) -> None:
+    """Neither windows nor recurrent layers know that a completion comes right behind its prompt."""
+    assert unsuited(BACKENDS["sdpa"], config, share=True) == reason
+    assert unsuited(BACKENDS["flex"], config, share=True) == reason
+    assert unsuited(BACKENDS["sdpa"], config) is None  # negative control: rows of their own are no matter
+    for wanted in ("auto", "sdpa"):
+        with pytest.raises(RecipeError) as error:
+            choose_backend(wanted, "cpu", torch.float32, config, share=True)
+        message = str(error.value)
+        assert message.startswith("rl.share_prompts: ")
+        assert f"sdpa: {reason}" in message
+        assert message.endswith("; use attention: auto or share_prompts: false")
+        assert "\n" not in message
+
+
 def test_a_model_without_sdpa_goes_through_eager_attention() -> None:
     """Sinks (gpt-oss) and capped logits are computed by eager and flash attention alone; the rest would drop them."""
     config = GptOssConfig(**SHAPE, num_local_experts=2, layer_types=["full_attention"] * 2)
@@ -264,31 +356,7 @@ def test_what_a_back_end_does_not_compute_it_refuses(config: PreTrainedConfig, r
     assert not any(unsuited(backend, None) for backend in BACKENDS.values())
 
 
-# ---- boundaries by hand ------------------------------------------------------------------------------------------
-
-
-def test_boundaries_by_hand() -> None:
-    pack = lay_out(*batch_of(ROWS), packed=True)
-    given = boundaries(pack)
-    for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
-        assert given[name].tolist() == [0, 10, 14, 26, 28]
-        assert given[name].dtype == torch.int32
-    assert given["max_length_q"] == given["max_length_k"] == 12
-    assert isinstance(given["max_length_q"], int)
-
-
-def test_block_mask_by_hand() -> None:
-    pack = lay_out(*batch_of([([4], [2]), ([5, 6], [3])]), packed=True)
-    mask = block_mask(pack)["block_mask"]
-    places = torch.arange(5)
-    seen = mask.mask_mod(torch.tensor(0), torch.tensor(0), places[:, None], places[None])
-    assert seen.int().tolist() == [
-        [1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0],
-        [0, 0, 1, 0, 0],
-        [0, 0, 1, 1, 0],
-        [0, 0, 1, 1, 1],
-    ]
+# ---- FlexAttention -----------------------------------------------------------------------------------------------
 
 
 def test_flex_attends_where_the_mask_says_and_at_the_given_scale() -> None:
@@ -423,6 +491,96 @@ def test_the_kernel_gets_half_precision_and_repeated_heads(monkeypatch: pytest.M
         assert torch.equal(given[2][:, head], value[0, of])
     # A window of 4 counts the token itself: 3 to the left, none to the right.
     assert given[-1] == {"scale": 0.5, "window_size": (3, 0)}
+
+
+# ---- shared prompts are exact ------------------------------------------------------------------------------------
+
+SHARING = [BACKENDS["flex"], BACKENDS["sdpa"]]
+
+
+@pytest.mark.parametrize("backend", SHARING, ids=lambda b: b.name)
+@pytest.mark.parametrize("name", MODELS)
+def test_rollouts_that_share_a_prompt_score_as_padded_ones_and_as_alone(name: str, backend: Backend) -> None:
+    padded = scores(MODELS[name], BACKENDS["sdpa"], GROUPS)
+    shared = scores(MODELS[name], backend, GROUPS, share=True)
+    assert_same_scores(shared, padded)
+    for i, row in enumerate(GROUPS):
+        alone = scores(MODELS[name], backend, [row], share=True)
+        real = len(row[1])
+        torch.testing.assert_close(shared.per_token_logps[i, :real], alone.per_token_logps[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(shared.mode_logps[i], alone.mode_logps[0], rtol=0, atol=1e-5)
+    # Rows in another order score the same; rows of a group, which share their first position, agree in it.
+    turned = scores(MODELS[name], backend, GROUPS[::-1], share=True)
+    torch.testing.assert_close(turned.per_token_logps.flip(0), shared.per_token_logps, rtol=0, atol=1e-5)
+    assert torch.equal(shared.mode_logps[0], shared.mode_logps[2])
+    assert torch.equal(shared.log_mass[1], shared.log_mass[4])
+
+
+@pytest.mark.parametrize("backend", SHARING, ids=lambda b: b.name)
+@pytest.mark.parametrize("name", MODELS)
+def test_groups_of_many_blocks_score_as_padded_ones(name: str, backend: Backend) -> None:
+    """FlexAttention's blocks have 128 tokens; trees here have about as many, and begin and end inside blocks."""
+    draw = torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(4, 64, (count,), generator=draw).tolist()
+
+    prompts = [tokens(count) for count in (40, 3, 30)]
+    rows: Rows = [(prompts[i % 3], [2 + i % 2, *tokens((7, 20, 1, 13)[i % 4])]) for i in range(15)]
+    padded = scores(MODELS[name], BACKENDS["sdpa"], rows)
+    assert_same_scores(scores(MODELS[name], backend, rows, share=True), padded)
+    if backend.packed:  # without sharing it has as many blocks again
+        assert_same_scores(scores(MODELS[name], backend, rows), padded)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_rollouts_that_share_a_prompt_move_the_weights_as_padded_ones(name: str) -> None:
+    """Through sdpa: FlexAttention has no backward pass on the CPU."""
+    shared = gradient(MODELS[name], BACKENDS["sdpa"], GROUPS, share=True)
+    assert_same_gradient(shared, gradient(MODELS[name], BACKENDS["sdpa"], GROUPS))
+    # Negative control: one rollout less is another gradient.
+    fewer = gradient(MODELS[name], BACKENDS["sdpa"], GROUPS[:-1])
+    assert (shared - fewer).norm() > 1e-2 * shared.norm()
+
+
+@pytest.mark.parametrize("backend", SHARING, ids=lambda b: b.name)
+@pytest.mark.parametrize("name", MODELS)
+def test_shared_prompts_without_their_mask_score_otherwise(name: str, backend: Backend) -> None:
+    """Negative control: the second and third completion of a group (rows 2, 4 and 5) see what is not theirs."""
+    padded = scores(MODELS[name], BACKENDS["sdpa"], GROUPS)
+    lost = scores(MODELS[name], replace(backend, arguments=lambda pack: {}), GROUPS, share=True)
+    gaps = (lost.per_token_logps - padded.per_token_logps).abs()[:, 1:].amax(1)
+    assert (gaps[[2, 4, 5]] > 1e-2).all()
+    if not backend.packed:  # in rows of trees the first completion still sees its prompt and nothing else
+        assert gaps[[0, 1, 3]].max() < 1e-5
+
+
+@pytest.mark.parametrize("backend", SHARING, ids=lambda b: b.name)
+def test_disagreement_of_layouts_shows_a_lost_tree(backend: Backend) -> None:
+    model, scorer = build(MODELS["qwen3"], backend, share=True)
+    assert scorer.disagreement(model, *batch_of(GROUPS)) < 1e-5
+    lost = replace(backend, arguments=lambda pack: {})
+    model, scorer = build(MODELS["qwen3"], lost, share=True)
+    assert scorer.disagreement(model, *batch_of(GROUPS)) > 0.1
+    assert scorer.disagreement(model, *batch_of(GROUPS[:1])) < 1e-5  # one rollout shares with nobody
+
+
+def test_gradient_checkpointing_changes_nothing_for_shared_prompts() -> None:
+    """Layers run again in the backward pass: the mask must come along."""
+
+    def checkpointed() -> PreTrainedModel:
+        model = MODELS["qwen3"]()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return model
+
+    model, scorer = build(checkpointed, BACKENDS["sdpa"], share=True)
+    model.train()
+    found = scorer.score(model, scorer.lay_out(*batch_of(GROUPS)))
+    parts = torch.autograd.grad(found.per_token_logps.sum(), list(model.parameters()))
+    plain, scorer = build(MODELS["qwen3"], BACKENDS["sdpa"])
+    expected = scorer.score(plain, scorer.lay_out(*batch_of(GROUPS)))
+    wanted = torch.autograd.grad(expected.per_token_logps.sum(), list(plain.parameters()))
+    assert_same_gradient(*(torch.cat([part.flatten() for part in both]) for both in (parts, wanted)))
 
 
 # ---- generation --------------------------------------------------------------------------------------------------

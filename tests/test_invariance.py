@@ -1,9 +1,9 @@
 """What a row is worth does not depend on its neighbours: padding, batch composition and order leave no trace.
 
 Two small models in float64: the embedded Llama, whose rotary positions are relative and so forgive a shift, and a
-GPT-2 with absolute positions, which does not. Both layouts of `packing.py`: one row each, and all rows in one. TRL's
-fused head makes log-probabilities in float32, so they are compared to its rounding; the negative controls differ by
-orders of magnitude more.
+GPT-2 with absolute positions, which does not. Three layouts of `packing.py`: one row each, all rows in one, and one
+row for each prompt with its completions behind it. TRL's fused head makes log-probabilities in float32, so they are
+compared to its rounding; the negative controls differ by orders of magnitude more.
 """
 
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ from tests.helpers import PACKED_SDPA, Rows, batch_of
 
 assert_close = partial(torch.testing.assert_close, rtol=0.0, atol=3e-6)  # logps reach -10: a few float32 roundings
 TEMPERATURE = 0.7
-LAYOUTS = {"padded": BACKENDS["sdpa"], "packed": PACKED_SDPA}
+LAYOUTS = {"padded": BACKENDS["sdpa"], "packed": PACKED_SDPA, "trees": BACKENDS["sdpa"]}
 
 
 def control_logps(scores: TokenScores) -> torch.Tensor:
@@ -86,20 +86,22 @@ def model(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast) ->
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def scorer(request: pytest.FixtureRequest, model: PreTrainedModel, modes: Modes) -> Scorer:
-    scorer = Scorer(modes, LAYOUTS[request.param])
+    scorer = Scorer(modes, LAYOUTS[request.param], share=request.param == "trees")
     scorer.attach(model)
     return scorer
 
 
 @pytest.fixture(scope="module")
 def rows(tokenizer: PreTrainedTokenizerFast, modes: Modes) -> Rows:
-    """Prompts of 3 to 12 tokens, completions of 1 (the control token alone) to 8."""
+    """Prompts of 3 to 12 tokens, completions of 1 (the control token alone) to 8; the last two share a prompt each."""
     short, think = modes.token_ids
     texts = [
         ("<calc> 3 <q>", "7 <eos>", short),
         ("<calc> 3 +4 *7 -2 <q>", "7 9 7 = 7 <eos>", think),
         ("<calc> 8 +1 *3 -2 +9 *9 -1 +3 *7 ; <q>", "9 7 5 4 6 5 8", think),
         ("<calc> 5 *3 ; ; <q>", "", short),
+        ("<calc> 3 +4 *7 -2 <q>", "4 <eos>", short),
+        ("<calc> 3 <q>", "3 5 = 5 <eos>", think),
     ]
     return [
         (tokenizer.encode(prompt, add_special_tokens=False), [token, *tokenizer.encode(text)])
@@ -215,7 +217,7 @@ def test_scores_by_hand(layout: str) -> None:
     short, think, size = 10, 11, 12
     modes = Modes([Mode("short", "<short>", short, 2), Mode("think", "<think>", think, 9)])
     after = {8: {short: 0.5, think: 0.25, 5: 0.25}, think: {5: 0.9, 6: 0.1}}
-    model, scorer, reached = Bigrams(size, after, 2.0), Scorer(modes, LAYOUTS[layout]), []
+    model, scorer, reached = Bigrams(size, after, 2.0), Scorer(modes, LAYOUTS[layout], share=layout == "trees"), []
     scorer.attach(cast(PreTrainedModel, model))
     model.base_model.register_forward_hook(lambda module, args, output: reached.append(output.last_hidden_state))
     found = scorer.score(model, lay_out(scorer, [([9, 8], [think, 6]), ([8], [short])], left=2))
@@ -231,11 +233,31 @@ def test_scores_by_hand(layout: str) -> None:
     ids, places = {
         "padded": ([[9, 8, think, 6], [8, short, 0, 0]], [[0, 1, 2, 3]] * 2),
         "packed": ([[9, 8, think, 6, 8, short]], [[0, 1, 2, 3, 0, 1]]),
+        "trees": ([[8, short, 0, 0], [9, 8, think, 6]], [[0, 1, 2, 3]] * 2),
     }[layout]
     asked = model.base_model.asked
     assert asked["input_ids"].tolist() == ids
     assert asked["position_ids"].tolist() == places
-    assert set(asked) == {"input_ids", "position_ids", "use_cache"}
+    masks = {"attention_mask"} if layout == "trees" else set()
+    assert set(asked) == {"input_ids", "position_ids", "use_cache"} | masks
+
+
+def test_a_shared_prompt_by_hand() -> None:
+    """Three rollouts, two of one prompt: its last hidden state is read for both, and for every control token."""
+    short, think, size = 10, 11, 12
+    modes = Modes([Mode("short", "<short>", short, 2), Mode("think", "<think>", think, 9)])
+    after = {8: {short: 0.5, think: 0.25, 5: 0.25}, 7: {short: 0.1, think: 0.9}, think: {5: 0.9, 6: 0.1}}
+    model, scorer, reached = Bigrams(size, after, 2.0), Scorer(modes, BACKENDS["sdpa"], share=True), []
+    scorer.attach(cast(PreTrainedModel, model))
+    model.base_model.register_forward_hook(lambda module, args, output: reached.append(output.last_hidden_state))
+    found = scorer.score(model, lay_out(scorer, [([9, 8], [think, 6]), ([7], [think, 5]), ([9, 8], [short])], left=2))
+    assert_close(found.per_token_logps, torch.tensor([[1 / 3, 0.1], [0.9, 0.9], [2 / 3, 1.0]]).log())
+    assert_close(found.log_mass, torch.tensor([0.75, 1.0, 0.75]).log())
+    assert reached[0][0].argmax(1).tolist() == [8, 8, 7, 7, 8, 8, think, think]
+    asked = model.base_model.asked
+    assert asked["input_ids"].tolist() == [[7, think, 5, 0, 0], [9, 8, think, 6, short]]
+    assert asked["position_ids"].tolist() == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 2]]
+    assert asked["attention_mask"][1, 0].int().tolist()[2:] == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
 
 
 def test_the_hook_leaves_other_forward_passes_alone(scorer: Scorer, model: PreTrainedModel, rows: Rows) -> None:
@@ -283,6 +305,20 @@ def test_positions_that_count_padding_score_otherwise(scorer: Scorer, model: Pre
     assert (control_logps(right) - control_logps(scorer.score(model, shifted))).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("scorer", ["trees"], indirect=True)
+def test_shared_prompts_without_their_mask_score_otherwise(
+    scorer: Scorer, model: PreTrainedModel, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows 4 and 5 come behind the completions of rows 1 and 0; their control tokens come from the prompt still."""
+    right = scorer.score(model, lay_out(scorer, rows))
+    monkeypatch.setattr(scorer, "backend", replace(scorer.backend, arguments=lambda pack: {}))
+    lost = scorer.score(model, lay_out(scorer, rows))
+    gaps = (lost.per_token_logps - right.per_token_logps).abs()
+    assert gaps[:4].max() < 3e-6
+    assert gaps[:, 0].max() < 3e-6
+    assert (gaps[4:, 1:].amax(1) > 1e-2).all()
+
+
 @pytest.mark.parametrize("scorer", ["packed"], indirect=True)
 def test_a_packed_row_without_boundaries_scores_otherwise(scorer: Scorer, model: PreTrainedModel, rows: Rows) -> None:
     """Positions that run on over the ends of sequences: only the first rollout has nobody before it."""
@@ -320,10 +356,10 @@ def test_gradient_of_the_weights_does_not_depend_on_padding_or_split(
     scorer: Scorer, model: PreTrainedModel, rows: Rows
 ) -> None:
     """One batch, rows one by one, and pairs in another order with more padding: the same step."""
-    whole = gradients(model, loss_of(scorer, model, rows, 4))
-    splits = [[[0], [1], [2], [3]], [[3, 1], [0, 2]]]
-    for split, (left, right) in zip(splits, [(0, 0), (5, 4)], strict=True):
-        losses = [loss_of(scorer, model, [rows[i] for i in part], 4, left=left, right=right) for part in split]
+    whole = gradients(model, loss_of(scorer, model, rows, 6))
+    splits = [[[0], [1], [2], [3], [4], [5]], [[3, 1, 5], [0, 4, 2]], [[5, 2, 0, 3], [4, 1]]]
+    for split, (left, right) in zip(splits, [(0, 0), (5, 4), (0, 3)], strict=True):
+        losses = [loss_of(scorer, model, [rows[i] for i in part], 6, left=left, right=right) for part in split]
         summed = gradients(model, torch.stack(losses).sum())
         assert summed.isfinite().all()
         assert (summed - whole).norm() < 1e-5 * whole.norm()
@@ -387,7 +423,7 @@ def test_greedy_completions_do_not_depend_on_the_batch(
     for batch_size in (2, 3, 4):
         assert greedy(model, prompts, mode, batch_size=batch_size) == alone
     assert greedy(model, prompts[::-1], mode, batch_size=4) == alone[::-1]
-    assert greedy(model, [*prompts, 3 * prompts[2]], mode, batch_size=8)[:4] == alone
+    assert greedy(model, [*prompts, 3 * prompts[2]], mode, batch_size=8)[:-1] == alone
     assert greedy(model, prompts, mode, batch_size=4, pad_id=1) == alone
 
 

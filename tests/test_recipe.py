@@ -259,6 +259,8 @@ def test_every_warm_up_setting_is_accepted_at_its_default_or_refused_by_name(
 # ---- the method ----------------------------------------------------------------------------------------------------
 
 POLICY = "rl.mode_objective=policy_gradient"
+# One prompt of eight rollouts, for two optimizer steps.
+HALF_GROUPS = ["rl.per_device_train_batch_size=4", "rl.num_generations=8", "rl.steps_per_generation=2"]
 
 
 @pytest.mark.parametrize(
@@ -289,6 +291,7 @@ POLICY = "rl.mode_objective=policy_gradient"
         (["rl.temperature=-1"], "temperature"),
         (["rl.value_shrinkage=-1"], "value_shrinkage"),
         (["rl.lr_scheduler_type=cosin"], "SchedulerType"),
+        ([*HALF_GROUPS, "rl.share_prompts=true"], "share_prompts"),
     ],
     ids=lambda value: ",".join(value) if isinstance(value, list) else value,
 )
@@ -307,10 +310,25 @@ def test_contradictory_settings_are_refused(load: Callable, overrides: list[str]
         [POLICY, "rl.mode_sampling=floor", "rl.mode_floor=2", "rl.mode_floor_steps=100"],
         ["rl.mode_sampling=floor", "rl.mode_floor=4"],
         ["rl.num_generations=2", "rl.tau_start=1.0"],
+        HALF_GROUPS,  # without sharing, the rollouts of a group may be cut apart
+        [*HALF_GROUPS, "rl.share_prompts=true", "rl.gradient_accumulation_steps=2"],
+        [*HALF_GROUPS, "rl.share_prompts=true", "rl.per_device_train_batch_size=8"],
     ],
 )
 def test_the_methods_of_the_paper_and_ours_are_accepted(load: Callable, overrides: list[str]) -> None:
     method(load(*overrides))
+
+
+def test_groups_that_cannot_be_dealt_evenly_are_refused_in_one_line(load: Callable) -> None:
+    """Three prompts for two optimizer steps; a step of half a group would compute its prompt twice."""
+    batch = ["rl.num_generations=4", "rl.generation_batch_size=12", "rl.per_device_train_batch_size=6"]
+    method(load(*batch))
+    with pytest.raises(RecipeError) as caught:
+        method(load(*batch, "rl.share_prompts=true"))
+    assert str(caught.value) == (
+        "rl.share_prompts: 3 prompts of a generation batch cannot be dealt evenly to 2 optimizer steps; "
+        "change rl.steps_per_generation"
+    )
 
 
 # ---- the file ------------------------------------------------------------------------------------------------------

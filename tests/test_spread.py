@@ -4,6 +4,7 @@ Ranks are simulated: each calls `spread` with its own rollouts, and `gather_obje
 """
 
 import random
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from siesta.rl import spread as module
-from siesta.rl.packing import sequence_costs
+from siesta.rl.packing import Unit, make_units, sequence_cost
 from siesta.rl.spread import Batch, concatenate, select, sequence_lengths, spread
 
 
@@ -138,7 +139,19 @@ def test_concatenate_undoes_select() -> None:
 
 
 def costs(lengths: list[int]) -> list[float]:
-    return sequence_costs(lengths, 300.0)
+    return [sequence_cost(length, 300.0) for length in lengths]
+
+
+def alone(batch: Batch) -> list[Unit]:
+    """Each rollout on its own."""
+    lengths = sequence_lengths(batch)
+    return [Unit([row], n, cost) for row, (n, cost) in enumerate(zip(lengths, costs(lengths), strict=True))]
+
+
+def groups(batch: Batch) -> list[Unit]:
+    """Rollouts in groups of four, by their numbers."""
+    prompts = zip((batch["number"] // 4).tolist(), batch["prompt_mask"].sum(1).tolist(), strict=True)
+    return make_units(sequence_lengths(batch), list(prompts), lambda n: sequence_cost(n, 300.0), rows=4)
 
 
 def sizes(rows: int, seed: int) -> list[tuple[int, int]]:
@@ -150,7 +163,13 @@ def sizes(rows: int, seed: int) -> list[tuple[int, int]]:
 
 
 def deal(
-    monkeypatch: pytest.MonkeyPatch, batches: list[Batch], *, steps: int = 1, accumulation: int = 1, seed: int = 0
+    monkeypatch: pytest.MonkeyPatch,
+    batches: list[Batch],
+    *,
+    steps: int = 1,
+    accumulation: int = 1,
+    units: Callable[[Batch], list[Unit]] = alone,
+    seed: int = 0,
 ) -> list[list[Batch]]:
     """What `spread` gives each rank; `batches` are the rollouts of the ranks."""
 
@@ -172,7 +191,7 @@ def deal(
                 cast(Accelerator, accelerator),
                 steps=steps,
                 accumulation=accumulation,
-                costs=costs,
+                units=units,
                 seed=seed,
             )
         )
@@ -247,10 +266,10 @@ def test_ranks_of_one_deal_agree_whatever_they_hold_themselves(monkeypatch: pyte
     """As many ranks as before, each with other widths, give what one process with all rows gives."""
     all_sizes = sizes(24, seed=4)
     apart = deal(monkeypatch, on_ranks(all_sizes, 3), steps=2, accumulation=1)
-    alone = deal(monkeypatch, [make_batch(all_sizes)], steps=2, accumulation=3)[0]
+    whole = deal(monkeypatch, [make_batch(all_sizes)], steps=2, accumulation=3)[0]
     for step in range(2):
         for rank in range(3):
-            assert real(apart[rank][step]) == real(alone[step * 3 + rank])
+            assert real(apart[rank][step]) == real(whole[step * 3 + rank])
 
 
 def test_micro_batches_without_rows_weigh_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,3 +289,62 @@ def test_a_batch_without_mode_targets_is_dealt_too(monkeypatch: pytest.MonkeyPat
     micros = deal(monkeypatch, [batch], accumulation=2)[0]
     assert sorted(row for micro in micros for row in micro["number"].tolist()) == list(range(8))
     assert all("mode_targets" not in micro for micro in micros)
+
+
+# ---- groups stay together ----------------------------------------------------------------------------------------
+
+
+def grouped_sizes(rows: int, seed: int) -> list[tuple[int, int]]:
+    """Groups of four with a prompt of the same length."""
+    own = sizes(rows, seed)
+    return [(own[row - row % 4][0], completion) for row, (_, completion) in enumerate(own)]
+
+
+@pytest.mark.parametrize(("ranks", "steps", "accumulation"), SHAPES)
+def test_groups_are_dealt_whole_and_every_row_once(
+    monkeypatch: pytest.MonkeyPatch, ranks: int, steps: int, accumulation: int
+) -> None:
+    batches = on_ranks(grouped_sizes(48, seed=1), ranks)
+    dealt = deal(monkeypatch, batches, steps=steps, accumulation=accumulation, units=groups)
+    assert [len(own) for own in dealt] == [steps * accumulation] * ranks
+    micros = [micro for own in dealt for micro in own if micro["weights"].any()]
+    found = [row for micro in micros for row in real(micro)]
+    expected = {row["number"]: row for batch in batches for row in real(batch)}
+    assert sorted(row["number"] for row in found) == list(range(48))
+    assert all(row == expected[row["number"]] for row in found)
+    for micro in micros:
+        assert len(micro["number"]) == 4 * len((micro["number"] // 4).unique())
+
+
+def test_rollouts_that_are_dealt_alone_are_cut_from_their_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control."""
+    batches = on_ranks(grouped_sizes(48, seed=1), 2)
+    micros = [micro for own in deal(monkeypatch, batches, accumulation=3) for micro in own]
+    whole = [len(micro["number"]) == 4 * len((micro["number"] // 4).unique()) for micro in micros]
+    assert not any(whole)
+
+
+@pytest.mark.parametrize(("ranks", "steps", "accumulation"), [(1, 1, 4), (1, 3, 2), (2, 2, 3), (4, 3, 1)])
+def test_steps_get_as_many_groups_and_micro_batches_the_same_work(
+    monkeypatch: pytest.MonkeyPatch, ranks: int, steps: int, accumulation: int
+) -> None:
+    """Work of a group: that of its rollouts less that of the three prompts that are not computed."""
+    batches = on_ranks(grouped_sizes(96, seed=1), ranks)
+    dealt = deal(monkeypatch, batches, steps=steps, accumulation=accumulation, units=groups)
+    dearest = max(unit.cost for batch in batches for unit in groups(batch))
+    for step in range(steps):
+        micros = [micro for own in dealt for micro in own[step * accumulation :][:accumulation]]
+        assert sum(len(micro["number"]) for micro in micros) == 96 // steps
+        totals = [sum(unit.cost for unit in groups(micro)) for micro in micros]
+        assert max(totals) - min(totals) <= dearest + 1e-9
+
+
+def test_groups_cut_over_ranks_come_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three ranks of eight rows; numbers are dealt out in turn, so that each rank holds parts of every group."""
+    all_sizes = grouped_sizes(24, seed=3)
+    whole = make_batch(all_sizes)
+    batches = [select(whole, list(range(rank, 24, 3))) for rank in range(3)]
+    micros = [micro for own in deal(monkeypatch, batches, accumulation=2, units=groups) for micro in own]
+    numbers = [sorted(micro["number"].tolist()) for micro in micros]
+    assert sorted(n for part in numbers for n in part) == list(range(24))
+    assert all(len(part) == 4 and len({n // 4 for n in part}) == 1 for part in numbers)

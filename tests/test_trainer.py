@@ -18,9 +18,11 @@ from siesta.rl import passes
 from siesta.rl.attention import BACKENDS, Backend
 from siesta.rl.config import DeGRPOConfig
 from siesta.rl.judge import Judge
+from siesta.rl.packing import Pack
 from siesta.rl.scoring import Scorer
-from siesta.rl.spread import select, sequence_lengths
+from siesta.rl.spread import Batch, select, sequence_lengths
 from siesta.rl.trainer import DeGRPOTrainer
+from tests.given import GivenRollouts
 from tests.helpers import PACKED_SDPA, calc_examples, parameters, save_tiny_model, tiny_judge
 
 METHODS = {
@@ -59,7 +61,9 @@ def uneven_judge() -> Judge:
     return judge
 
 
-def build(folder: Path, judge: Judge | None = None, **settings) -> DeGRPOTrainer:
+def build(
+    folder: Path, judge: Judge | None = None, kind: type[DeGRPOTrainer] = DeGRPOTrainer, **settings
+) -> DeGRPOTrainer:
     """A trainer on a tiny model; 8 rollouts a step unless `settings` say otherwise."""
     fields = {
         "output_dir": str(folder / "out"),
@@ -78,7 +82,7 @@ def build(folder: Path, judge: Judge | None = None, **settings) -> DeGRPOTrainer
     }
     args = DeGRPOConfig(**(fields | settings))
     model = str(save_tiny_model(folder / "model"))
-    return DeGRPOTrainer(model=model, judge=judge or uneven_judge(), args=args, train_dataset=dataset())
+    return kind(model=model, judge=judge or uneven_judge(), args=args, train_dataset=dataset())
 
 
 def policy(trainer: DeGRPOTrainer) -> torch.nn.Module:
@@ -334,22 +338,29 @@ def test_old_and_reference_policies_fit_into_a_small_budget(tmp_path):
     assert small_log[1]["kl"] == pytest.approx(log[1]["kl"], rel=1e-3)
 
 
-def use(trainer: DeGRPOTrainer, backend: Backend, budget: int) -> None:
+def use(trainer: DeGRPOTrainer, backend: Backend, budget: int, share: bool = False) -> None:
     """Another back end and budget for a trainer that is there already."""
-    trainer.passes.scorer = Scorer(trainer.modes, backend)
+    trainer.passes.scorer = Scorer(trainer.modes, backend, share=share)
     trainer.passes.scorer.attach(cast(PreTrainedModel, trainer.model))
     trainer.passes.args.token_budget = budget
 
 
-WAYS = [(BACKENDS["sdpa"], SMALL), (BACKENDS["sdpa"], 1), (PACKED_SDPA, 10_000), (PACKED_SDPA, 40), (PACKED_SDPA, 1)]
+SDPA = BACKENDS["sdpa"]
+WAYS = [
+    *[(SDPA, budget, False) for budget in (SMALL, 1)],
+    *[(PACKED_SDPA, budget, False) for budget in (10_000, 40, 1)],
+    *[(SDPA, budget, True) for budget in (10_000, 30, 1)],
+]
+
+
+def ids_and_mask(batch: Batch) -> tuple[torch.Tensor, torch.Tensor, int]:
+    return *passes.with_prompts(batch), batch["completion_ids"].shape[1]
 
 
 def test_log_probabilities_do_not_depend_on_the_passes(tmp_path):
     trainer = build(tmp_path)
     batch = rollout_batch(trainer)
-    ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-    mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-    length = batch["completion_ids"].shape[1]
+    ids, mask, length = ids_and_mask(batch)
 
     def logps() -> torch.Tensor:
         found, entropies, loss = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, length)
@@ -363,8 +374,8 @@ def test_log_probabilities_do_not_depend_on_the_passes(tmp_path):
     torch.testing.assert_close(whole, scored.detach(), atol=1e-6, rtol=1e-5)
     assert not whole[batch["completion_mask"] == 0].any()
     assert (whole[batch["completion_mask"] == 1] < 0).all()
-    for backend, budget in WAYS:
-        use(trainer, backend, budget)
+    for way in WAYS:
+        use(trainer, *way)
         torch.testing.assert_close(logps(), whole, atol=3e-6, rtol=1e-5)
 
 
@@ -374,8 +385,8 @@ def test_any_layout_and_budget_gives_the_same_gradient(tmp_path, method):
     batch = rollout_batch(trainer)
     batch["ref_per_token_logps"] = batch["ref_per_token_logps"] - 0.3 * batch["completion_mask"]
     whole = loss_gradient(trainer, batch, [list(range(8))])
-    for backend, budget in WAYS:
-        use(trainer, backend, budget)
+    for way in WAYS:
+        use(trainer, *way)
         for splits in ([list(range(8))], [[7, 0], [3, 1, 5, 2, 6, 4]]):
             loss, gradient = loss_gradient(trainer, batch, splits)
             assert loss == pytest.approx(whole[0], abs=1e-6)
@@ -388,9 +399,9 @@ def test_every_rank_makes_as_many_passes_and_those_without_rows_add_nothing(tmp_
     batch = rollout_batch(trainer)
     whole = loss_gradient(trainer, batch, [list(range(8))])
     monkeypatch.setattr(trainer.accelerator, "gather", lambda number: torch.cat([number, torch.tensor([11])]))
-    for backend, budget in WAYS:
-        use(trainer, backend, budget)
-        parts = trainer.passes.split(sequence_lengths(batch))
+    for way in WAYS:
+        use(trainer, *way)
+        parts = trainer.passes.split(*ids_and_mask(batch))
         assert len(parts) == 11
         assert sorted(row for part in parts for row in part) == list(range(8))
         assert parts[-1] == []
@@ -421,6 +432,130 @@ def test_a_back_end_that_mixes_sequences_up_stops_the_run(tmp_path):
         if backend is PACKED_SDPA:
             assert_same_step(loss_gradient(trainer, batch, [list(range(8))])[1], whole[1])
         else:
-            with pytest.raises(ModelError, match=r"^attention varlen: packed rows score .* set rl\.attention: sdpa$"):
+            with pytest.raises(
+                ModelError, match=r"^attention varlen: rows as it takes them score .* nats a token off"
+            ):
                 loss_gradient(trainer, batch, [list(range(8))])
         assert trainer.passes._checked
+
+
+# ---- shared prompts ----------------------------------------------------------------------------------------------
+
+
+def watched(trainer: DeGRPOTrainer) -> list[Pack]:
+    """The packs that the trainer will lay out."""
+    packs, lay_out = [], trainer.passes.scorer.lay_out
+
+    def watching(input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_length: int) -> Pack:
+        packs.append(lay_out(input_ids, attention_mask, completion_length))
+        return packs[-1]
+
+    trainer.passes.scorer.lay_out = watching
+    return packs
+
+
+def steps_on_given_rollouts(folder: Path, **settings) -> tuple[torch.Tensor, list[Pack]]:
+    """The weights after three steps, and the packs of all passes."""
+    trainer = build(folder, kind=GivenRollouts, **(SGD | {"max_steps": 3, "learning_rate": 0.3} | settings))
+    packs = watched(trainer)
+    trainer.train()
+    return parameters(policy(trainer)), packs[1:] if packs[0].shared else packs  # the first is the look at the layout
+
+
+def tokens_of(packs: list[Pack]) -> int:
+    """Real tokens, each prompt as often as it is laid out."""
+    return sum(int((pack.branches != -2).sum()) for pack in packs)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_shared_prompts_take_the_same_steps(tmp_path, method):
+    """In one pass a step; with groups cut into passes of 24 tokens; and with groups in micro-batches of their own."""
+    before = parameters(policy(build(tmp_path)))
+    plain, packs = steps_on_given_rollouts(tmp_path / "a", **METHODS[method])
+    assert not any(pack.shared for pack in packs)
+    shared, whole = steps_on_given_rollouts(tmp_path / "b", share_prompts=True, **METHODS[method])
+    assert all(pack.shared for pack in whole)
+    assert tokens_of(whole) < 0.6 * tokens_of(packs)
+    assert [len(pack.trees) for pack in whole] == [2, 2, 2]  # two groups a step
+    assert_same_step(shared - before, plain - before)
+    small, cut = steps_on_given_rollouts(tmp_path / "c", share_prompts=True, token_budget=24, **METHODS[method])
+    assert len(cut) > 2 * len(whole)  # more than one pass for each of the two groups
+    assert all(pack.trees.numel() <= 24 for pack in cut if len(pack.first) > 1)
+    assert any(len(pack.first) > len(pack.trees) for pack in cut)  # and still some rollouts share
+    assert tokens_of(whole) < tokens_of(cut) < tokens_of(packs)
+    assert_same_step(small - before, plain - before)
+    accumulated = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "share_prompts": True}
+    split, parts = steps_on_given_rollouts(tmp_path / "d", **accumulated, **METHODS[method])
+    assert [len(pack.trees) for pack in parts] == [1] * 6
+    assert_same_step(split - before, plain - before)
+
+
+def test_rollouts_behind_a_prompt_that_they_do_not_see_take_other_steps(tmp_path, monkeypatch):
+    """Negative control: without the mask, and without the look at the layout that would stop it."""
+    before = parameters(policy(build(tmp_path)))
+    plain, _ = steps_on_given_rollouts(tmp_path / "a")
+    blind = replace(SDPA, arguments=lambda pack: {})
+    monkeypatch.setattr(passes, "choose_backend", lambda *args, **settings: (blind, ""))
+    monkeypatch.setattr(passes, "MAX_DISAGREEMENT", 1e9)
+    lost, _ = steps_on_given_rollouts(tmp_path / "b", share_prompts=True)
+    assert (lost - plain).norm() > 1e-2 * (plain - before).norm()
+
+
+def test_a_layout_that_loses_the_tree_stops_the_run(tmp_path):
+    """Once, before the first step; the right one goes on."""
+    trainer = build(tmp_path, share_prompts=True)
+    assert "shared prompts" in trainer.passes.line
+    assert not trainer.passes._checked
+    batch = rollout_batch(trainer)
+    loss_gradient(trainer, batch, [list(range(8))])
+    assert trainer.passes._checked
+    use(trainer, replace(SDPA, arguments=lambda pack: {}), 10_000, share=True)
+    loss_gradient(trainer, batch, [list(range(8))])  # it is not looked at twice
+    trainer.passes._checked = False
+    advice = r"set rl\.attention: sdpa, rl\.share_prompts: false$"
+    with pytest.raises(ModelError, match=rf"^attention sdpa: rows as it takes them score .* {advice}") as error:
+        loss_gradient(trainer, batch, [list(range(8))])
+    assert "\n" not in str(error.value)
+    assert trainer.passes._checked
+
+
+def test_the_look_at_the_layout_takes_rollouts_that_share(tmp_path):
+    """Two of each group: one alone would be right whatever attention does."""
+    trainer = build(tmp_path, share_prompts=True)
+    batch, packs = rollout_batch(trainer), watched(trainer)
+    trainer.passes._check(policy(trainer), batch)
+    assert [(len(pack.first), len(pack.trees)) for pack in packs] == [(4, 2)]
+    trainer.passes._check(policy(trainer), batch)
+    assert len(packs) == 1
+
+
+def test_units_of_a_batch_are_its_groups_and_passes_cut_them_by_tokens(tmp_path):
+    trainer = build(tmp_path, share_prompts=True)
+    batch = rollout_batch(trainer)
+    assert [unit.rows for unit in trainer.passes.groups(batch)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    lengths, prompts = sequence_lengths(batch), batch["prompt_mask"].sum(1).tolist()
+    tokens = [unit.tokens for unit in trainer.passes.groups(batch)]
+    assert tokens == [sum(lengths[i : i + 4]) - 3 * prompts[i] for i in (0, 4)]
+    twice = select(batch, [0, 4, 1, 5, 0, 2, 6, 3, 7, 1, 2, 3])  # a prompt that is drawn twice makes two groups
+    assert sorted(len(unit.rows) for unit in trainer.passes.groups(twice)) == [4, 4, 4]
+    trainer.passes.args.token_budget = max(lengths)
+    parts = trainer.passes.split(*ids_and_mask(batch))
+    assert len(parts) > 2
+    assert sorted(row for part in parts for row in part) == list(range(8))
+    use(trainer, SDPA, 10_000)
+    assert [unit.rows for unit in trainer.passes.groups(batch)] == [[row] for row in range(8)]
+
+
+def test_steps_of_several_groups_are_dealt_whole(tmp_path):
+    """Sixteen rollouts for two steps of two micro-batches: a group in each."""
+    trainer = build(tmp_path, share_prompts=True, per_device_train_batch_size=4, steps_per_generation=4)
+    trainer.passes.args.gradient_accumulation_steps = 2
+    batch = rollout_batch(trainer, rows=16)
+    micros = trainer.passes.deal(batch, seed=0)
+    assert len(micros) == 4
+    named = [passes.same_prompts(micro["prompt_ids"], micro["prompt_mask"]).tolist() for micro in micros]
+    assert named == [[0] * 4] * 4
+    trainer.passes.scorer.share = False  # negative control
+    micros = trainer.passes.deal(batch, seed=0)
+    named = [passes.same_prompts(micro["prompt_ids"], micro["prompt_mask"]).tolist() for micro in micros]
+    assert named != [[0] * 4] * 4

@@ -1,6 +1,7 @@
-"""Two processes take the step of one: uneven lengths, uneven modes, another split into passes."""
+"""Two processes take the step of one: uneven lengths, uneven modes, another split into passes, shared prompts."""
 
 import os
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -12,6 +13,7 @@ import torch
 from tests.helpers import parameters, save_tiny_model, tiny_model
 
 ROOT = Path(__file__).parents[2]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 LAUNCH = """\
 compute_environment: LOCAL_MACHINE
 distributed_type: DEEPSPEED
@@ -25,14 +27,14 @@ main_process_port: 0
 """
 
 
-def launched(folder: Path, name: str, budget: int, launcher: list[str]) -> tuple[torch.Tensor, str]:
+def launched(folder: Path, name: str, budget: int, launcher: list[str], *options: str) -> tuple[torch.Tensor, str]:
     """The weights after training, and what kind of training the processes say it was."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     if "accelerate.commands.launch" not in launcher:  # its own setting; beside it this one turns DeepSpeed off
         environment["ACCELERATE_USE_CPU"] = "true"
-    script = ["-m", "tests.distributed.train_tiny", str(folder), name, str(budget)]
-    done = subprocess.run(
-        [*launcher, *script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
+    script = ["-m", "tests.distributed.train_tiny", str(folder), name, str(budget), *options]
+    done = subprocess.run(  # much time: DeepSpeed compiles an extension when it is used for the first time
+        [*launcher, *script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(folder / f"{name}.pt", weights_only=True), done.stdout.strip().splitlines()[-1]
@@ -56,14 +58,21 @@ def assert_as_alone(folder: Path, weights: torch.Tensor) -> None:
 
 
 def test_two_ddp_processes_take_the_same_steps_as_one(folder: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    weights, kind = launched(folder, "ddp", 60, torchrun)
+    weights, kind = launched(folder, "ddp", 60, TORCHRUN)
+    assert kind == "MULTI_CPU 2"
+    assert_as_alone(folder, weights)
+
+
+def test_two_ddp_processes_that_share_prompts_take_the_same_steps_as_one_that_does_not(folder: Path) -> None:
+    """Groups are gathered from both, and those that do not fit into 60 tokens are cut."""
+    weights, kind = launched(folder, "shared", 60, TORCHRUN, "share")
     assert kind == "MULTI_CPU 2"
     assert_as_alone(folder, weights)
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++: DeepSpeed compiles an extension")
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_two_zero_processes_take_the_same_steps_as_one(folder: Path, stage: int) -> None:
     file = folder / f"zero{stage}.yaml"
     file.write_text(LAUNCH.format(stage=stage, init=str(stage == 3).lower()))

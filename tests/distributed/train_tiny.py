@@ -1,6 +1,8 @@
 """Three steps of DeGRPO on given rollouts, in however many processes it is launched; writes the weights.
 
-    train_tiny.py FOLDER NAME TOKEN_BUDGET
+    train_tiny.py FOLDER NAME TOKEN_BUDGET [share]
+
+With `share`, the rollouts of a group share their prompt.
 
 FOLDER holds `model`. Rollouts depend on the step and the prompt's place in the whole batch alone, so that any number
 of processes trains on the same ones; their lengths differ.
@@ -15,29 +17,14 @@ import torch
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from siesta.rl.config import DeGRPOConfig
-from siesta.rl.trainer import DeGRPOTrainer
+from tests.given import GivenRollouts
 from tests.helpers import parameters, tiny_judge
 from tests.test_trainer import dataset
 
 ROLLOUTS = 16
 
 
-class GivenRollouts(DeGRPOTrainer):
-    """Writes random tokens of random lengths instead of asking the model."""
-
-    def _generate_locally(self, prompt_ids: list[list[int]]) -> list[list[int]]:
-        first = self.accelerator.process_index * len(prompt_ids)
-        responses = []
-        for place, column in enumerate(self._plan.modes.tolist()):
-            draw = torch.Generator().manual_seed(1000 * self.state.global_step + first + place)
-            length = int(torch.randint(1, self.modes[column].max_tokens + 1, (1,), generator=draw))
-            responses.append(torch.randint(4, 30, (length,), generator=draw).tolist())
-        for column in range(len(self.modes)):
-            self._verify(column, responses)
-        return responses
-
-
-def main(folder: Path, name: str, budget: int) -> None:
+def main(folder: Path, name: str, budget: int, *, share: bool) -> None:
     judge = tiny_judge()
     judge.verifiers["exact"] = lambda solution, answer: float(sum(map(ord, solution + answer)) % 3 == 0)
     args = DeGRPOConfig(
@@ -55,6 +42,7 @@ def main(folder: Path, name: str, budget: int) -> None:
         disable_tqdm=True,
         dataloader_pin_memory=False,
         token_budget=budget,
+        share_prompts=share,
         optim="adamw_torch",
     )
     args.per_device_train_batch_size = ROLLOUTS // args.world_size
@@ -76,4 +64,4 @@ def main(folder: Path, name: str, budget: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), share=sys.argv[4:] == ["share"])
