@@ -1,4 +1,4 @@
-# make setup | check | test | quickstart | smoke | results-quickstart
+# make setup | check | test | quickstart | smoke | results-quickstart | results-speed-cpu | results-speed-gpu
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml -m siesta.rl.train
 
-.PHONY: setup check test quickstart smoke results-quickstart clean
+.PHONY: setup check test quickstart smoke results-quickstart results-speed-cpu results-speed-gpu clean
 
 setup: $(VENV)/.installed build/typing/siesta
 
@@ -42,6 +42,28 @@ smoke: setup
 results-quickstart: setup
 	$(BIN)/python -m benchmarks.warmup
 	$(BIN)/python -m benchmarks.mode_selection
+
+SPEED := docs/results/speed
+
+results-speed-cpu: setup
+	$(BIN)/python -m benchmarks.train_pass --cpu --micro 4 8 16 --out $(SPEED)/b1_cpu.json
+	$(BIN)/python -m benchmarks.rollouts --cpu --out $(SPEED)/b3_cpu.json
+	$(BIN)/python -m benchmarks.shared_prompt --cpu --out $(SPEED)/b4_cpu.json
+	$(BIN)/python -m benchmarks.step_time --cpu --out $(SPEED)/b6_cpu.json
+	$(BIN)/python -m benchmarks.speed_tables
+
+# On a machine with one CUDA device, vLLM and these packages; python there is the one to use.
+results-speed-gpu:
+	python -m benchmarks.train_pass --shape 0.6b --micro 4 8 16 64 --out $(SPEED)/b1_0.6b.json
+	python -m benchmarks.train_pass --shape 0.6b --shares 0.8 --full-precision --out $(SPEED)/b1_0.6b_fp32.json
+	python -m benchmarks.train_pass --shape 1.5b --shares 0.8 0 --micro 4 8 --out $(SPEED)/b1_1.5b.json
+	python -m benchmarks.train_pass --shape 1.5b --shares 0 --arms siesta --no-compile --out $(SPEED)/b1_1.5b_eager.json
+	python -m benchmarks.memory --longest --out $(SPEED)/b2.json
+	python -m benchmarks.rollouts --shape 0.6b --out $(SPEED)/b3_generate.json
+	python -m benchmarks.shared_prompt --shape 0.6b --out $(SPEED)/b4_0.6b.json
+	python -m benchmarks.step_time --shape 0.6b --out $(SPEED)/b6_0.6b.json
+	python -m benchmarks.end_to_end --shape 0.6b --share 0.8 --plain --out $(SPEED)/e2e_0.6b.json
+	python -m benchmarks.speed_tables
 
 clean:
 	rm -rf build outputs $(VENV)

@@ -20,13 +20,13 @@ from siesta.rl.trainer import DeGRPOTrainer
 VOCABULARY = 151_936
 SHAPES = {
     "tiny": Qwen3Config(
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=4,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=64,
-        vocab_size=2048,
+        head_dim=32,
+        vocab_size=1024,
         tie_word_embeddings=True,
     ),
     "0.5b": Qwen2Config(

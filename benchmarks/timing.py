@@ -25,14 +25,16 @@ def measure(
     """Seconds of each arm. The order of the arms turns around with every repeat, so that drift hits all alike.
 
     Returns:
-        median, low and high quartile in seconds and peak memory in GiB of each arm.
+        median, low and high quartile in seconds of each arm; on a GPU also its peak memory in GiB, and how much of
+        that came on top of what was there before (`pass_gib`): weights of all arms are there all the time.
     """
     seconds: dict[str, list[float]] = {name: [] for name in arms}
-    memory = dict.fromkeys(arms, 0.0)
+    peak, added = dict.fromkeys(arms, 0.0), dict.fromkeys(arms, 0.0)
     for repeat in range(warmups + repeats):
         for name in list(arms) if repeat % 2 == 0 else reversed(list(arms)):
             if device == "cuda":
                 torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated() if device == "cuda" else 0
             synchronize(device)
             start = time.perf_counter()
             arms[name]()
@@ -40,11 +42,14 @@ def measure(
             if repeat >= warmups:
                 seconds[name].append(time.perf_counter() - start)
                 if device == "cuda":
-                    memory[name] = max(memory[name], torch.cuda.max_memory_allocated() / 2**30)
+                    highest = torch.cuda.max_memory_allocated()
+                    peak[name] = max(peak[name], highest / 2**30)
+                    added[name] = max(added[name], (highest - before) / 2**30)
     result = {}
     for name, values in seconds.items():
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-        result[name] = {"median": median, "low": low, "high": high, "repeats": len(values), "peak_gib": memory[name]}
+        result[name] = {"median": median, "low": low, "high": high, "repeats": len(values)}
+        result[name] |= {"peak_gib": peak[name], "pass_gib": added[name]}
     return result
 
 
@@ -64,4 +69,4 @@ def environment(device: str) -> dict[str, str]:
 def write_json(file: Path, content: object) -> None:
     """Results as JSON."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content, indent=1) + "\n")
+    file.write_text(json.dumps(content, indent=1, default=str) + "\n")

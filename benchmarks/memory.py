@@ -1,0 +1,124 @@
+"""B2: peak memory of a training pass, the longest rollout that fits, and the estimate of `--dry-run` against both.
+
+    python -m benchmarks.memory --shapes 0.6b 1.5b --out speed/b2.json      # one CUDA device
+
+Peaks are those of the device's allocator with one trainer alive: weights, gradients, optimizer states, activations.
+Both trainers get rows of equal length, so neither pads, and as many of them in a pass.
+"""
+
+import argparse
+import gc
+import tempfile
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from trl import GRPOTrainer
+
+from benchmarks import shapes
+from benchmarks.timing import environment, write_json
+from benchmarks.train_pass import siesta_gradients, stock_gradients, with_step
+from siesta.rl.memory import estimate
+from siesta.rl.trainer import DeGRPOTrainer
+
+PROMPT = 200
+
+
+def make(arm: str, shape: str, rows: int, length: int, dtype: torch.dtype, **fixed: Any) -> GRPOTrainer:
+    """A trainer that takes `rows` rollouts of `length` tokens in one pass."""
+    settings = shapes.common_settings(Path(tempfile.mkdtemp()), "cuda", 8, 8)
+    settings |= {"bf16": dtype == torch.float32, "per_device_train_batch_size": rows, "num_generations": min(rows, 8)}
+    if rows == 1:
+        settings |= {"per_device_train_batch_size": 2, "num_generations": 2}  # a group needs two; the batch has one
+    model = shapes.build(shape, dtype, "cuda")
+    if arm == "stock":
+        return shapes.stock_trainer(model, settings | fixed)
+    return shapes.siesta_trainer(model, settings | fixed, token_budget=rows * length)
+
+
+def peak(trainer: GRPOTrainer, shape: str, rows: int, length: int) -> float:
+    """GiB at the peak of the second training step over `rows` rollouts of `length` tokens."""
+    config = shapes.SHAPES[shape]
+    control = shapes.judge(4095).modes.token_ids
+    batch = shapes.rollout_batch([length - PROMPT] * rows, PROMPT, config.vocab_size, control, "cuda", 0)
+    if isinstance(trainer, DeGRPOTrainer):
+        step = with_step(trainer, lambda: siesta_gradients(trainer, batch))
+    else:
+        step = with_step(trainer, lambda: stock_gradients(trainer, batch, rows))
+    step()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() / 2**30
+
+
+def clean() -> None:
+    """Give everything back that nothing refers to."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def measured(arm: str, shape: str, rows: int, length: int, dtype: torch.dtype, **fixed: Any) -> float | None:
+    """Peak GiB of one trainer, built for it; None if it does not fit."""
+    try:
+        return peak(make(arm, shape, rows, length, dtype, **fixed), shape, rows, length)
+    except torch.OutOfMemoryError:
+        return None
+    finally:
+        clean()
+
+
+def longest(arm: str, shape: str, dtype: torch.dtype, start: int, rounds: int) -> int:
+    """Tokens of the longest single rollout whose step fits, to a sixteenth; doubling, then halving the interval."""
+    fits, fails = 0, start
+    while measured(arm, shape, 1, fails, dtype, gradient_checkpointing=True) is not None:
+        fits, fails = fails, 2 * fails
+    for _ in range(rounds):
+        middle = (fits + fails) // 2
+        if measured(arm, shape, 1, middle, dtype, gradient_checkpointing=True) is None:
+            fails = middle
+        else:
+            fits = middle
+    return fits
+
+
+def equal_content(shape: str, length: int, rows: int) -> list[dict]:
+    """Both trainers over the same rows, with and without checkpointing, and the estimate for ours."""
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for checkpointing in (False, True):
+            row = {"shape": shape, "weights": str(dtype), "checkpointing": checkpointing, "tokens": rows * length}
+            for arm in ("stock", "siesta"):
+                row[arm] = measured(arm, shape, rows, length, dtype, gradient_checkpointing=checkpointing)
+            args = cast(DeGRPOTrainer, make("siesta", shape, rows, length, dtype)).method
+            args.gradient_checkpointing = checkpointing
+            row["estimate"] = estimate(shapes.SHAPES[shape], args, dtype).total / 2**30
+            clean()
+            found.append(row)
+            print(row, flush=True)
+    return found
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", default=["0.6b", "1.5b"], choices=list(shapes.SHAPES))
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--longest", action="store_true", help="also search the longest rollout that fits")
+    parser.add_argument("--start", type=int, default=65_536, help="length where that search begins")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file")
+    options = parser.parse_args()
+    result: dict = {"settings": vars(options), "environment": environment("cuda"), "peaks": [], "longest": []}
+    for shape in options.shapes:
+        result["peaks"] += equal_content(shape, options.length, options.rows)
+        if options.longest:
+            fits = {arm: longest(arm, shape, torch.float32, options.start, 4) for arm in ("stock", "siesta")}
+            result["longest"].append({"shape": shape} | fits)
+            print(result["longest"][-1], flush=True)
+        if options.out:
+            write_json(options.out, result)
+
+
+if __name__ == "__main__":
+    main()
