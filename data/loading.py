@@ -3,11 +3,15 @@
 from typing import TYPE_CHECKING
 
 from siesta.data.errors import DataError
+from siesta.data.families import FamilySource
+from siesta.data.formats import KNOWN
 from siesta.data.schema import Example
-from siesta.data.sources import Split, TaskSource, check_overlap, read_rows, to_examples
+from siesta.data.sources import Split, TaskSource, read_rows, to_examples, without_overlap
 
 if TYPE_CHECKING:
-    from siesta.rl.recipe import DataSection
+    from siesta.rl.recipe import DataSection, Source
+
+EVERYTHING = 10**9
 
 
 def load_examples(section: "DataSection", split: Split, size: int) -> list[Example]:
@@ -17,14 +21,16 @@ def load_examples(section: "DataSection", split: Split, size: int) -> list[Examp
     does not see.
 
     Raises:
-        DataError: A source is missing, empty or malformed, or test items stand in the training set.
+        DataError: A source is missing, empty or malformed.
     """
+    generated = {"seed": section.seed, "level_weights": section.level_weights}
     if section.task is not None:
-        return list(TaskSource(section.task, split, size, seed=section.seed, level_weights=section.level_weights))
+        return list(TaskSource(section.task, split, size, **generated))
+    if section.families is not None:
+        return list(FamilySource(section.families, split, size, **generated))
     source = {"train": section.train, "validation": section.validation or section.train, "test": section.test}[split]
     assert source is not None  # the recipe has checked it
-    rows = read_rows(source.path, name=source.name, split=source.split, revision=source.revision)
-    examples = to_examples(rows, source.path, section.columns, section.verifier)
+    examples = read_source(source, section)
     if section.validation is None and split != "test":
         cut = len(examples) - len(examples) // 10
         examples = examples[:cut] if split == "train" else examples[cut:]
@@ -33,12 +39,30 @@ def load_examples(section: "DataSection", split: Split, size: int) -> list[Examp
     return examples[:size]
 
 
-def check_splits(section: "DataSection") -> None:
-    """Refuse a test set that stands in the training set. Generated tasks are apart by construction."""
-    if section.task is not None:
-        return
-    train = load_examples(section, "train", section.train_size)
-    test = load_examples(section, "test", 10**9)
-    shared = check_overlap(train, test)
-    if shared:
-        raise DataError(f"data.test: {shared} of {len(test)} test items also stand in the training set; remove them")
+def read_source(source: "Source", section: "DataSection") -> list[Example]:
+    """All rows of a source as examples; a data set that is known by its hub name is read in its own format."""
+    data_format, name = source.format, source.name
+    if source.path in KNOWN:
+        known_format, known_name = KNOWN[source.path]
+        data_format, name = data_format or known_format, name or known_name
+    rows = read_rows(source.path, name=name, split=source.split, revision=source.revision)
+    return to_examples(rows, source.path, section.columns, section.verifier, data_format)
+
+
+def training_examples(section: "DataSection") -> tuple[list[Example], int]:
+    """Examples to train on, and how many were left out because they also stand in an evaluation set.
+
+    Generated items are kept apart by construction.
+
+    Raises:
+        DataError: Nothing is left.
+    """
+    if section.train is None:
+        return load_examples(section, "train", section.train_size), 0
+    train = load_examples(section, "train", EVERYTHING)
+    evaluation = load_examples(section, "test", EVERYTHING)
+    evaluation += read_source(section.validation or section.train, section)[0 if section.validation else len(train) :]
+    kept = without_overlap(train, evaluation)
+    if not kept:
+        raise DataError(f"data.train: all {len(train)} rows of {section.train.path} also stand in an evaluation set")
+    return kept[: section.train_size], len(train) - len(kept)

@@ -13,9 +13,11 @@ class Example:
         context: What is known before the question; may be empty.
         query: The question itself.
         answer: The reference that the verifier compares with.
-        verifier: `exact`, `math`, or a dotted path to a callable `(solution, answer) -> score in [0, 1]`.
-        meta: Whatever else a row carries. Two keys have a meaning: `level` (difficulty, a whole number; evaluation is
-            broken down by it) and `responses` (mode name -> worked response, used by the warm-up).
+        verifier: `exact`, `math`, `reasoning_gym`, or a dotted path to a callable `(solution, answer) -> score in
+            [0, 1]`.
+        meta: Whatever else a row carries. Three keys have a meaning: `level` (difficulty, a whole number; evaluation
+            is broken down by it), `responses` (mode name -> response) and `solution` (how the answer is worked out),
+            which the warm-up is taught from.
     """
 
     id: str

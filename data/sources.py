@@ -7,12 +7,14 @@ seeds. (Level 1 of `calc` has 210 different items; drawing each split with a see
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
 from siesta.data.errors import DataError
+from siesta.data.formats import read_as
 from siesta.data.schema import Example
 from siesta.data.tasks import calc, hop
 
@@ -20,7 +22,7 @@ Split = Literal["train", "validation", "test"]
 
 TASKS = {"calc": calc, "hop": hop}
 BLANK: dict = {}  # compared by identity
-FIELDS = ("id", "context", "query", "answer", "verifier", "level")
+FIELDS = ("id", "context", "query", "answer", "verifier", "level", "solution")
 
 
 def split_of(text: str) -> Split:
@@ -140,13 +142,16 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def to_examples(rows: Iterable[Any], path: str, columns: dict[str, str], verifier: str) -> list[Example]:
+def to_examples(
+    rows: Iterable[Any], path: str, columns: dict[str, str], verifier: str, data_format: str | None = None
+) -> list[Example]:
     """Rows as examples.
 
     Args:
         path: Named in messages.
-        columns: Field -> column. Fields are `id, context, query, answer, verifier, level` and `responses.<mode>`; one
-            that is not mapped is read from the column of its own name.
+        columns: Field -> column. Fields are those of `FIELDS` and `responses.<mode>`; one that is not mapped is read
+            from the column of its own name.
+        data_format: How a published data set writes its rows, a key of `siesta.data.formats.FORMATS`.
 
     Raises:
         DataError: A row lacks a query or an answer, or a value is not of the right kind; names file and row.
@@ -155,16 +160,19 @@ def to_examples(rows: Iterable[Any], path: str, columns: dict[str, str], verifie
         if name not in FIELDS and not name.startswith("responses."):
             raise DataError(f"data.columns.{name}: not a field; fields are {', '.join(FIELDS)}, responses.<mode>")
     return [
-        _to_example(row, number, path, columns, verifier)
+        _to_example(row, f"{path}:{number}", f"{path}, row {number}", columns, verifier, data_format)
         for number, row in enumerate(rows, start=1)
         if row is not BLANK
     ]
 
 
-def _to_example(row: Any, number: int, path: str, columns: dict[str, str], verifier: str) -> Example:
-    where = f"{path}, row {number}"
+def _to_example(
+    row: Any, own_id: str, where: str, columns: dict[str, str], verifier: str, data_format: str | None
+) -> Example:
     if not isinstance(row, dict):
         raise DataError(f"{where}: an object is expected, this is a {type(row).__name__}")
+    if data_format is not None:
+        row = read_as(data_format, row, where)
     values: dict[str, str] = {}
     for name in FIELDS:
         column = columns.get(name, name)
@@ -184,8 +192,10 @@ def _to_example(row: Any, number: int, path: str, columns: dict[str, str], verif
             meta["level"] = int(values["level"])
         except ValueError as error:
             raise DataError(f"{where}: level {values['level']!r} is not a whole number") from error
+    if values.get("solution"):
+        meta["solution"] = values["solution"]
     return Example(
-        id=values.get("id", f"{path}:{number}"),
+        id=values.get("id", own_id),
         context=values.get("context", ""),
         query=values["query"],
         answer=values["answer"],
@@ -210,7 +220,12 @@ def _responses(row: dict, where: str, columns: dict[str, str]) -> dict[str, str]
     return responses
 
 
-def check_overlap(train: Iterable[Example], evaluation: Iterable[Example]) -> int:
-    """How many evaluation items also stand in the training set, by text with white space folded."""
-    seen = {example.text for example in train}
-    return sum(example.text in seen for example in evaluation)
+def normalised(example: Example) -> str:
+    """What two items have in common that only differ in capitals, white space or the form of their characters."""
+    return " ".join(unicodedata.normalize("NFKC", example.text).casefold().split())
+
+
+def without_overlap(train: Iterable[Example], evaluation: Iterable[Example]) -> list[Example]:
+    """The training items that do not also stand in an evaluation set, by normalised text."""
+    seen = {normalised(example) for example in evaluation}
+    return [example for example in train if normalised(example) not in seen]

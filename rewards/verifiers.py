@@ -5,14 +5,18 @@ alone: those return a float or raise `Unscorable`, and cannot hang. The function
 *data* is at fault (an empty or unreadable gold answer), which becomes Unscorable there: the model is not to blame.
 """
 
+import json
 from difflib import get_close_matches
+from typing import Any
 
 from siesta.rewards.isolated import IsolatedVerifier
 from siesta.rewards.score import Unscorable, Verifier, guarded
 
-__all__ = ["KNOWN", "Unscorable", "Verifier", "build_verifier", "exact", "math", "solution_part"]
+__all__ = ["KNOWN", "Unscorable", "Verifier", "build_verifier", "exact", "math", "reasoning_gym", "solution_part"]
 
-KNOWN = ("exact", "math")
+# A right answer, by which a worker is tried at its start.
+EXAMPLE = ("5", json.dumps({"family": "chain_sum", "answer": "5", "question": "2 + 3 =", "metadata": {}}))
+KNOWN = ("exact", "math", "reasoning_gym")
 
 
 def solution_part(response: str, answer_after: str | None) -> str:
@@ -61,16 +65,31 @@ def math(solution: str, answer: str) -> float:
     return float(verify(gold, found, timeout_seconds=None, raise_on_error=True))
 
 
+def reasoning_gym(solution: str, answer: str) -> float:
+    """Full marks by reasoning-gym's own scoring, which also accepts answers other than the one in the entry.
+
+    `answer` is an entry as `siesta.data.families` writes it. Part marks, which some families give for the right form
+    of a wrong answer, count as wrong.
+    """
+    from reasoning_gym import get_score_answer_fn
+
+    entry = json.loads(answer)
+    score: Any = get_score_answer_fn(entry["family"])
+    return float(score(solution, entry) >= 1.0)
+
+
 def build_verifier(name: str, *, timeout: float, workers: int = 1) -> Verifier:
     """The verifier a recipe names, with `timeout` seconds per call; ValueError when there is none.
 
-    `exact` runs in this process. `math` and dotted paths run in up to `workers` processes, the first of them started
-    here so that a path that does not import is reported before training starts.
+    `exact` runs in this process. `math`, `reasoning_gym` and dotted paths run in up to `workers` processes, the first
+    of them started here so that a path that does not import is reported before training starts.
     """
     if name == "exact":
         return guarded(exact)
     if name == "math":
         return IsolatedVerifier(f"{__name__}.math", timeout, workers=workers, example=("1", "1"))
+    if name == "reasoning_gym":
+        return IsolatedVerifier(f"{__name__}.reasoning_gym", timeout, workers=workers, example=EXAMPLE)
     if "." in name:
         return IsolatedVerifier(name, timeout, workers=workers)
     close = get_close_matches(name, KNOWN, n=1)

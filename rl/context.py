@@ -11,7 +11,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from siesta.data.errors import DataError
-from siesta.data.loading import load_examples
+from siesta.data.loading import load_examples, training_examples
 from siesta.data.prompts import messages, prompt_ids
 from siesta.data.schema import Example
 from siesta.data.sources import Split
@@ -49,7 +49,10 @@ class Context:
 
     @cached_property
     def train_examples(self) -> list[Example]:
-        return self.examples("train", self.recipe.data.train_size)
+        examples, dropped = training_examples(self.recipe.data)
+        if dropped:
+            self.say(f"data: {dropped} training items also stand in an evaluation set (same text); they are left out")
+        return examples
 
     @cached_property
     def warmup_examples(self) -> list[Example]:

@@ -84,12 +84,14 @@ class Source(Section):
     name: str | None = None
     split: str = "train"
     revision: str | None = None
+    format: Literal["gsm8k", "math", "aime", "deepscaler"] | None = None
 
 
 class DataSection(Section):
-    """Items: a generated task, or sources with a column map."""
+    """Items: a generated task, families of reasoning-gym, or sources with a column map."""
 
     task: Literal["calc", "hop"] | None = None
+    families: list[str] | None = Field(default=None, min_length=1)
     level_weights: dict[int, float] | None = None
     train: Source | None = None
     validation: Source | None = None
@@ -103,14 +105,16 @@ class DataSection(Section):
 
     @model_validator(mode="after")
     def one_origin(self) -> "DataSection":
-        if (self.task is None) == (self.train is None):
-            raise ValueError("give either `task` or `train`")
-        if self.task is None and self.test is None:
+        origins = [self.task, self.families, self.train]
+        if sum(origin is not None for origin in origins) != 1:
+            raise ValueError("give one of `task`, `families` and `train`")
+        if self.train is not None and self.test is None:
             raise ValueError("`train` needs a `test` source beside it")
-        if self.task is not None and (self.test or self.validation or self.columns or self.verifier != "exact"):
-            raise ValueError("a `task` has its own splits and verifier: leave out test, validation, columns, verifier")
-        if self.task is None and self.level_weights is not None:
-            raise ValueError("`level_weights` belongs to a `task`")
+        if self.train is None and (self.test or self.validation or self.columns or self.verifier != "exact"):
+            name = "a `task` has its" if self.task else "`families` have their"
+            raise ValueError(f"{name} own splits and verifier: leave out test, validation, columns, verifier")
+        if self.train is not None and self.level_weights is not None:
+            raise ValueError("`level_weights` belongs to a `task` or to `families`")
         return self
 
 

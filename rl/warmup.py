@@ -17,7 +17,7 @@ from siesta.data.errors import DataError, UserError
 from siesta.data.prompts import messages, prompt_ids, response_ids
 from siesta.data.schema import Example
 from siesta.rl.judge import Judge
-from siesta.rl.modes import Modes
+from siesta.rl.modes import Mode, Modes
 from siesta.rl.policies import Measurement
 from siesta.rl.recipe import WarmupSection
 
@@ -54,15 +54,29 @@ def warmup_rows(
     for example in examples:
         prompt = prompt_ids(tokenizer, messages(example, instruction))
         for mode in list(modes) if pairing == "paired" else rng.choices(list(modes), weights):
-            response = example.meta.get("responses", {}).get(mode.name)
-            if response is None:
-                raise DataError(
-                    f"{example.id}: no response for mode {mode.name!r} to warm up on; map one with "
-                    f"data.columns.responses.{mode.name}"
-                )
-            completion = [mode.token_id, *response_ids(tokenizer, response)]
+            completion = [mode.token_id, *response_ids(tokenizer, written_response(example, mode))]
             rows.append({"input_ids": prompt + completion, "labels": [IGNORED] * len(prompt) + completion})
     return Dataset.from_list(rows)
+
+
+def written_response(example: Example, mode: Mode) -> str:
+    """What the warm-up teaches as the response to an example in a mode: the data's own, or one made of its solution.
+
+    A mode that works first shows the solution, then its marker and the answer; one that does not, the answer alone.
+
+    Raises:
+        DataError: The example has neither.
+    """
+    response = example.meta.get("responses", {}).get(mode.name)
+    if response is not None:
+        return response
+    if "solution" not in example.meta:
+        raise DataError(
+            f"{example.id}: no response for mode {mode.name!r} to warm up on; map one with "
+            f"data.columns.responses.{mode.name}, or worked solutions with data.columns.solution"
+        )
+    answer = f"\\boxed{{{example.answer}}}" if example.verifier == "math" else example.answer
+    return answer if mode.answer_after is None else f"{example.meta['solution']}\n{mode.answer_after}\n{answer}"
 
 
 def accuracy(measured: Measurement, key: str) -> float:

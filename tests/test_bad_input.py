@@ -185,7 +185,7 @@ def test_a_bad_chat_template(refused: Callable, template: str | bytes, names: tu
         ("data.verifier=no.such.function", ("data.verifier", "no.such.function")),
         ("data.columns={qery: problem}", ("data.columns.qery",)),
         ("data.columns={query: problem}", ("train.jsonl, row 1", "'problem'", "data.columns.query")),
-        ("data.test.path=train.jsonl", ("data.test", "also stand in the training set")),
+        ("data.test.path=train.jsonl", ("data.train", "train.jsonl also stand in an evaluation set")),
         ("data.test=null", ("`test`",)),
     ],
 )

@@ -14,10 +14,10 @@ import pytest
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from siesta.data.errors import DataError
-from siesta.data.loading import check_splits, load_examples
+from siesta.data.loading import load_examples, training_examples
 from siesta.data.prompts import messages
 from siesta.data.schema import Example
-from siesta.data.sources import Split, TaskSource, check_overlap, read_rows, split_of, to_examples
+from siesta.data.sources import Split, TaskSource, read_rows, split_of, to_examples, without_overlap
 from siesta.data.tasks import calc
 from siesta.rl.recipe import DataSection, Source
 
@@ -339,28 +339,50 @@ def test_too_few_rows_for_a_validation_tail_are_refused(write: Callable) -> None
         load_examples(own, "validation", 10)
 
 
-def test_test_items_in_the_training_set_are_refused(write: Callable) -> None:
+def test_training_items_that_stand_in_an_evaluation_set_are_left_out_and_counted(write: Callable) -> None:
     train = write("train.jsonl", jsonl(questions(20)))
     apart = section(train, write("apart.jsonl", jsonl(questions(5, 100))))
-    check_splits(apart)
-    spaced = [{"query": "question   3 ", "answer": "3"}, {"query": "question\t4", "answer": "4"}, *questions(5, 100)]
-    shared = section(train, write("shared.jsonl", jsonl(spaced)))
-    with pytest.raises(DataError, match=r"data\.test: 2 of 7 test items also stand in the training set"):
-        check_splits(shared)
+    assert training_examples(apart) == (load_examples(apart, "train", 1000), 0)
+    spaced = [{"query": "Question   3 ", "answer": "3"}, {"query": "question\t4", "answer": "4"}, *questions(5, 100)]
+    shared = section(train, write("shared.jsonl", jsonl(spaced)), train_size=10)
+    examples, dropped = training_examples(shared)
+    assert dropped == 2
+    assert [example.answer for example in examples] == ["0", "1", "2", *map(str, range(5, 12))]
+
+
+def test_rows_of_the_validation_tail_are_not_trained_on_twice(write: Callable) -> None:
+    """The last two of twenty rows are the tail; the first is a copy of one of them."""
+    rows = questions(20)
+    rows[0] = rows[19]
+    own = section(write("train.jsonl", jsonl(rows)), write("test.jsonl", jsonl(questions(5, 100))))
+    examples, dropped = training_examples(own)
+    assert (len(examples), dropped) == (17, 1)
+    nine = section(write("nine.jsonl", jsonl(questions(9))), write("test.jsonl", jsonl(questions(5, 100))))
+    assert len(training_examples(nine)[0]) == 9  # without a tail there is none to compare with
+
+
+def test_a_training_set_that_is_all_test_items_is_refused(write: Callable) -> None:
+    file = write("train.jsonl", jsonl(questions(5)))
+    with pytest.raises(
+        DataError, match=r"^data\.train: all 5 rows of .*train\.jsonl also stand in an evaluation set$"
+    ):
+        training_examples(section(file, file))
 
 
 def test_the_context_counts_when_sets_are_compared() -> None:
     first = Example("1", "a>b", "a", "b")
     other = Example("2", "a>c", "a", "c")
-    assert check_overlap([first], [other]) == 0
-    assert check_overlap([first], [first, other]) == 1
+    assert without_overlap([first], [other]) == [first]
+    assert without_overlap([first], [first, other]) == []
+    assert without_overlap([other], [Example("3", "A>C", " a", "")]) == []
+    assert without_overlap([Example("4", "", "x - y?", "")], [Example("5", "", "x + y?", "")])  # signs count
 
 
 def test_a_task_section_loads_the_task() -> None:
     own = DataSection(task="calc", seed=5, level_weights={2: 1.0})
-    check_splits(own)
     expected = list(TaskSource("calc", "train", 4, seed=5, level_weights={2: 1.0}))
     assert load_examples(own, "train", 4) == expected
+    assert training_examples(own.model_copy(update={"train_size": 4})) == (expected, 0)
     assert {x.level for x in expected} == {2}
 
 

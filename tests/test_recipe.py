@@ -119,7 +119,7 @@ def test_an_unknown_key_like_no_other_lists_the_known_ones(load: Callable) -> No
         ("rl.guard.action=cry", "rl.guard.action: .* got 'cry'"),
         ("warmup.pairing=triple", "warmup.pairing: Input should be 'paired' or 'cross', got 'triple'"),
         ("tracking.report_to=[wandbb]", r"tracking.report_to.0: .* got 'wandbb'"),
-        ("data.task=null", "data: .*give either `task` or `train`"),
+        ("data.task=null", "data: .*give one of `task`, `families` and `train`"),
         ("rl.learning_rate=fast", "rl.learning_rate: .*number.* got 'fast'"),
         ("warmup.max_steps=1.5", "warmup.max_steps: .* got 1.5"),
         ("rl.decoupled=maybe", "rl.decoupled: .* got 'maybe'"),

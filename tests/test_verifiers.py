@@ -137,8 +137,14 @@ def test_build_dotted_path(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("mth", r"unknown verifier 'mth': use one of exact, math, or a dotted path .* Did you mean 'math'\?$"),
-        ("zzz", r"unknown verifier 'zzz': use one of exact, math, or a dotted path package\.module\.function\.$"),
+        (
+            "mth",
+            r"unknown verifier 'mth': use one of exact, math, reasoning_gym, or a dotted .* Did you mean 'math'\?$",
+        ),
+        (
+            "zzz",
+            r"unknown verifier 'zzz': .* exact, math, reasoning_gym, or a dotted path package\.module\.function\.$",
+        ),
         ("", "unknown verifier ''"),
         ("no_such_module.verify", "cannot be loaded: ModuleNotFoundError"),
         (".verify", "cannot be loaded: ValueError"),

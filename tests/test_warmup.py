@@ -96,7 +96,8 @@ def test_a_missing_response_names_example_mode_and_column() -> None:
     with pytest.raises(DataError) as caught:
         rows([first, bare], "paired")
     assert str(caught.value) == (
-        f"{second.id}: no response for mode 'think' to warm up on; map one with data.columns.responses.think"
+        f"{second.id}: no response for mode 'think' to warm up on; map one with data.columns.responses.think, or "
+        "worked solutions with data.columns.solution"
     )
     with pytest.raises(DataError, match=f"{second.id}: no response for mode 'short'"):
         rows([replace(second, meta={})], "cross", shares={"short": 1.0})
