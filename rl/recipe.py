@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 from trl import SFTConfig
@@ -227,10 +227,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if "=" not in override:
             raise RecipeError(f"override {override!r} is not of the form section.key=value")
     try:
-        # OmegaConf reads with a safe YAML loader: a recipe cannot construct Python objects.
-        written = OmegaConf.load(file)
-        if not OmegaConf.is_dict(written):
-            raise RecipeError(f"{file}: a recipe is a mapping of sections, this is a list")
+        written = read_recipe(file)
         for override in overrides:
             key = override.partition("=")[0]
             # Replaces, mappings too: merged, `warmup.stop={}` would change nothing.
@@ -251,6 +248,38 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     check_modes(file, recipe)
     recipe.tracking.run = recipe.tracking.run or file.stem
     return recipe
+
+
+def read_recipe(file: Path, above: tuple[Path, ...] = ()) -> DictConfig:
+    """The sections of a file over those of its `base`, if it names one: each key of a section replaces the base's.
+
+    Args:
+        above: The files whose base this one is.
+
+    Raises:
+        RecipeError: The base is missing, or names a file above it.
+    """
+    if file.resolve() in above:
+        raise RecipeError(f"{file}: base: this recipe is, in the end, based on itself")
+    # OmegaConf reads with a safe YAML loader: a recipe cannot construct Python objects.
+    written = OmegaConf.load(file)
+    if not isinstance(written, DictConfig):
+        raise RecipeError(f"{file}: a recipe is a mapping of sections, this is a list")
+    name = written.pop("base", None)
+    if name is None:
+        return written
+    beside = file.parent / f"{name}.yaml"
+    try:
+        base = read_recipe(beside if beside.is_file() else find_recipe(name), (*above, file.resolve()))
+    except RecipeError as error:
+        raise RecipeError(f"{file}: base: {error}") from error
+    for section, content in written.items():
+        if isinstance(content, DictConfig) and isinstance(base.get(section), DictConfig):
+            for key in content:
+                base[section][key] = content[key]
+        else:
+            base[section] = content
+    return base
 
 
 def find_recipe(path: str | Path) -> Path:

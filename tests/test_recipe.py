@@ -43,6 +43,54 @@ def method(recipe: Recipe) -> DeGRPOConfig:
     return config
 
 
+# ---- a recipe based on another --------------------------------------------------------------------------------------
+
+
+def test_keys_of_a_section_replace_those_of_the_base(tmp_path: Path) -> None:
+    (tmp_path / "under.yaml").write_text(
+        MINIMAL + "seed: 7\nwarmup: {stop: {think: 0.9, short@1: 0.8}, max_steps: 5}\n"
+    )
+    (tmp_path / "middle.yaml").write_text("base: under\nwarmup: {stop: {think: 0.5}}\nrl: {tau: 0.3}\n")
+    top = tmp_path / "top.yaml"
+    top.write_text("base: middle\nmodes:\n  short: {token: '<short>', max_tokens: 9}\nrl: {alpha: 2}\n")
+    recipe = load_recipe(top, ["rl.tau=0.2"])
+    assert recipe.seed == 7
+    assert recipe.warmup.stop == {"think": 0.5}, "a mapping is replaced, not merged"
+    assert recipe.warmup.trainer_fields()["max_steps"] == 5
+    assert (recipe.modes["short"].max_tokens, recipe.modes["think"].max_tokens) == (9, 12)
+    assert list(recipe.modes) == ["short", "think"]
+    assert recipe.rl.trainer_fields() == {"tau": 0.2, "alpha": 2.0}
+    assert recipe.tracking.run == "top"
+
+
+def test_a_shipped_recipe_can_be_the_base_of_a_file_anywhere(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("base: quickstart\nseed: 3\n")
+    mine, shipped = load_recipe(file).model_dump(), load_recipe("quickstart").model_dump()
+    assert (mine.pop("seed"), shipped.pop("seed")) == (3, 0)
+    assert (mine["tracking"].pop("run"), shipped["tracking"].pop("run")) == ("mine", "quickstart")
+    assert mine == shipped
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ({"a": "base: nowhere\n"}, "a.yaml: base: nowhere: no such recipe"),
+        ({"a": "base: a\n"}, "a.yaml: base: this recipe is, in the end, based on itself"),
+        ({"a": "base: b\n", "b": "base: a\n"}, "a.yaml: base: this recipe is, in the end, based on itself"),
+        ({"a": "base: b\n", "b": "- 1\n"}, "b.yaml: a recipe is a mapping of sections, this is a list"),
+        ({"a": "base: b\nrl: {taau: 1}\n", "b": MINIMAL}, "a.yaml: rl.taau: unknown key; did you mean 'tau'?"),
+    ],
+)
+def test_a_base_that_cannot_be_used_is_one_line(tmp_path: Path, texts: dict[str, str], message: str) -> None:
+    for name, text in texts.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    with pytest.raises(RecipeError) as error:
+        load_recipe(tmp_path / "a.yaml")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 # ---- what is shipped -----------------------------------------------------------------------------------------------
 
 
