@@ -41,12 +41,29 @@ def load_examples(section: "DataSection", split: Split, size: int) -> list[Examp
 
 def read_source(source: "Source", section: "DataSection") -> list[Example]:
     """All rows of a source as examples; a data set that is known by its hub name is read in its own format."""
+    return _read(source, section)[0]
+
+
+def skipped_rows(section: "DataSection") -> list[str]:
+    """A line for each source whose unusable rows are left out, if it has any: how many, and the first of them."""
+    sources = [source for source in (section.train, section.validation, section.test) if source is not None]
+    bad = {source.path: _read(source, section)[1] for source in sources if source.bad_rows == "skip"}
+    return [
+        f"data: {len(lines)} rows of {path} are left out; the first: {lines[0]}"
+        for path, lines in bad.items()
+        if lines
+    ]
+
+
+def _read(source: "Source", section: "DataSection") -> tuple[list[Example], list[str]]:
     data_format, name = source.format, source.name
     if source.path in KNOWN:
         known_format, known_name = KNOWN[source.path]
         data_format, name = data_format or known_format, name or known_name
     rows = read_rows(source.path, name=name, split=source.split, revision=source.revision)
-    return to_examples(rows, source.path, section.columns, section.verifier, data_format)
+    bad: list[str] = []
+    skip = bad if source.bad_rows == "skip" else None
+    return to_examples(rows, source.path, section.columns, section.verifier, data_format, skip), bad
 
 
 def training_examples(section: "DataSection") -> tuple[list[Example], int]:

@@ -143,7 +143,12 @@ def _line(error: Exception) -> str:
 
 
 def to_examples(
-    rows: Iterable[Any], path: str, columns: dict[str, str], verifier: str, data_format: str | None = None
+    rows: Iterable[Any],
+    path: str,
+    columns: dict[str, str],
+    verifier: str,
+    data_format: str | None = None,
+    bad: list[str] | None = None,
 ) -> list[Example]:
     """Rows as examples.
 
@@ -152,6 +157,7 @@ def to_examples(
         columns: Field -> column. Fields are those of `FIELDS` and `responses.<mode>`; one that is not mapped is read
             from the column of its own name.
         data_format: How a published data set writes its rows, a key of `siesta.data.formats.FORMATS`.
+        bad: Takes the message of each row that cannot be used; without it the first one is raised.
 
     Raises:
         DataError: A row lacks a query or an answer, or a value is not of the right kind; names file and row.
@@ -159,11 +165,18 @@ def to_examples(
     for name in columns:
         if name not in FIELDS and not name.startswith("responses."):
             raise DataError(f"data.columns.{name}: not a field; fields are {', '.join(FIELDS)}, responses.<mode>")
-    return [
-        _to_example(row, f"{path}:{number}", f"{path}, row {number}", columns, verifier, data_format)
-        for number, row in enumerate(rows, start=1)
-        if row is not BLANK
-    ]
+    examples = []
+    for number, row in enumerate(rows, start=1):
+        if row is BLANK:
+            continue
+        where = f"{path}, row {number}"
+        try:
+            examples.append(_to_example(row, f"{path}:{number}", where, columns, verifier, data_format))
+        except DataError as error:
+            if bad is None:
+                raise
+            bad.append(str(error))
+    return examples
 
 
 def _to_example(

@@ -85,6 +85,7 @@ class Source(Section):
     split: str = "train"
     revision: str | None = None
     format: Literal["gsm8k", "math", "aime", "deepscaler"] | None = None
+    bad_rows: Literal["refuse", "skip"] = "refuse"
 
 
 class DataSection(Section):

@@ -18,6 +18,7 @@ from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 from siesta.data.errors import UserError
+from siesta.data.loading import skipped_rows
 from siesta.rl.config import check_method
 from siesta.rl.context import Context
 from siesta.rl.machine import check_machine, memory_estimate
@@ -35,6 +36,8 @@ def preflight(recipe: Recipe, context: Context) -> None:
         UserError: One line.
     """
     check_method(rl_config(context), len(recipe.modes))
+    for line in skipped_rows(recipe.data):
+        context.say(line)
     examples = context.train_examples + context.examples("test", recipe.evaluate.items)
     examples += context.examples("validation", max(recipe.warmup.check_items, recipe.evaluate.every_items))
     prompts = context.prompts(examples)

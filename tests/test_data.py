@@ -14,7 +14,7 @@ import pytest
 from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
 from siesta.data.errors import DataError
-from siesta.data.loading import load_examples, training_examples
+from siesta.data.loading import load_examples, skipped_rows, training_examples
 from siesta.data.prompts import messages
 from siesta.data.schema import Example
 from siesta.data.sources import Split, TaskSource, read_rows, split_of, to_examples, without_overlap
@@ -367,6 +367,26 @@ def test_a_training_set_that_is_all_test_items_is_refused(write: Callable) -> No
         DataError, match=r"^data\.train: all 5 rows of .*train\.jsonl also stand in an evaluation set$"
     ):
         training_examples(section(file, file))
+
+
+def test_unusable_rows_are_left_out_and_reported_where_the_recipe_says_so(write: Callable) -> None:
+    rows = [*questions(12), {"query": "no answer?"}, {"query": "", "answer": "1"}]
+    file, test = write("train.jsonl", jsonl(rows)), write("test.jsonl", jsonl(questions(3, 100)))
+    own = section(file, test)
+    own.train = Source(path=file, bad_rows="skip")
+    assert len(training_examples(own)[0]) == 11  # twelve, less the tail for validation
+    assert skipped_rows(own) == [
+        f"data: 2 rows of {file} are left out; the first: {file}, row 13: no column 'answer' (field 'answer'); map it "
+        "with data.columns.answer"
+    ]
+    refusing = section(file, test)
+    assert skipped_rows(refusing) == []
+    with pytest.raises(DataError, match="row 13"):
+        training_examples(refusing)
+    broken = Source(path=write("broken.jsonl", "{"), bad_rows="skip")  # a file that is no JSON is not a matter of rows
+    own.train = broken
+    with pytest.raises(DataError, match=r"broken\.jsonl, row 1: not JSON"):
+        training_examples(own)
 
 
 def test_the_context_counts_when_sets_are_compared() -> None:
