@@ -62,7 +62,8 @@ results-speed-gpu:
 	python -m benchmarks.rollouts --shape 0.6b --out $(SPEED)/b3_generate.json
 	python -m benchmarks.shared_prompt --shape 0.6b --out $(SPEED)/b4_0.6b.json
 	python -m benchmarks.step_time --shape 0.6b --out $(SPEED)/b6_0.6b.json
-	python -m benchmarks.end_to_end --shape 0.6b --share 0.8 --plain --out $(SPEED)/e2e_0.6b.json
+	python -m benchmarks.end_to_end --shape 0.6b --share 0.8 --rollouts 480 --steps 6 --plain --out $(SPEED)/e2e_0.6b.json
+	python -m benchmarks.end_to_end --shape 0.6b --share 0.8 --rollouts 80 --steps 20 --out $(SPEED)/e2e_curves_0.6b.json
 	python -m benchmarks.speed_tables
 
 clean:
