@@ -28,26 +28,35 @@ def seconds(arm: dict) -> str:
 
 
 def train_pass(content: dict) -> str:
-    """B1: a line a share of short."""
+    """B1: a line a share of short; MFU and memory if it was a GPU, comparisons if stock was among the arms."""
+    first = content["rows"][0]
+    on_gpu, compared = first["arms"]["siesta"]["mfu"] == first["arms"]["siesta"]["mfu"], "stock" in first["arms"]
     rows = []
     for row in content["rows"]:
-        stock, ours = row["arms"].get("stock"), row["arms"]["siesta"]
-        line = [f"{row['share_short']:.1f}", seconds(stock) if stock else "", seconds(ours)]
-        line += [f"{stock['median'] / ours['median']:.2f}" if stock else "", f"{ours['tokens_per_second']:,.0f}"]
-        on_gpu = ours["mfu"] == ours["mfu"]
-        line += [f"{stock['mfu']:.3f} / {ours['mfu']:.3f}" if stock and on_gpu else f"{ours['mfu']:.3f}"] * on_gpu
-        line += [f"{stock['pass_gib'] if stock else 0:.1f} / {ours['pass_gib']:.1f}"] * on_gpu
-        if stock:
-            gap = row["logp_gap"]
+        arms = [row["arms"][name] for name in ("stock", "siesta") if name in row["arms"]]
+        line = [f"{row['share_short']:.1f}", *map(seconds, arms), f"{arms[-1]['tokens_per_second']:,.0f}"]
+        if compared:
+            line.append(f"{arms[0]['median'] / arms[1]['median']:.2f}")
+        if on_gpu:
+            line += [
+                " / ".join(f"{arm['mfu']:.3f}" for arm in arms),
+                " / ".join(f"{arm['pass_gib']:.1f}" for arm in arms),
+            ]
+        if compared:
             line += [f"{row['agreement']['cosine']:.10f}", f"{row['agreement']['relative_l2']:.1e}"]
-            line += [f"{gap['stock']['mean']:.1e} / {gap['siesta']['mean']:.1e}"]
+            line.append(f"{row['logp_gap']['stock']['mean']:.1e} / {row['logp_gap']['siesta']['mean']:.1e}")
         rows.append(line)
-    header = ["share of short", "stock TRL, s", "siesta, s", "speed-up", "siesta, tokens/s"]
-    header += ["MFU, stock / siesta", "GiB for the pass, stock / siesta"] if len(rows[0]) > 8 else []
-    header += (
-        ["gradient cosine", "relative L2", "log-prob. off fp32 eager, stock / siesta"] if len(rows[0]) > 7 else []
-    )
-    return table(header[: len(rows[0])], rows) + "\n\n" + f"Ours: {content['rows'][0]['backend'].split(' (')[0]}."
+    both = "stock / siesta" if compared else "siesta"
+    header = [
+        "share of short",
+        *["stock TRL, s"] * compared,
+        "siesta, s",
+        "siesta, tokens/s",
+        *["speed-up"] * compared,
+    ]
+    header += [f"MFU, {both}", f"GiB for the pass, {both}"] * on_gpu
+    header += ["gradient cosine", "relative L2", "log-prob. off fp32 eager, stock / siesta"] * compared
+    return table(header, rows) + "\n\n" + f"Ours: {first['backend'].split(' (')[0]}."
 
 
 def memory(content: dict) -> str:

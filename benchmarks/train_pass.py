@@ -130,13 +130,12 @@ def gaps(trainers: dict[str, GRPOTrainer], batch: dict, shape: str, device: str)
 
 
 def make_trainers(options: argparse.Namespace, device: str, dtype: torch.dtype) -> tuple[GRPOTrainer, DeGRPOTrainer]:
-    """Both trainers on the same weights. Neither checkpoints: at these sizes both are faster without."""
+    """Both trainers on the same weights. Neither checkpoints; peaks with checkpointing are in `benchmarks.memory`."""
     folder = Path(tempfile.mkdtemp())
     autocast = dtype == torch.float32 and not options.full_precision and device == "cuda"
-    fixed = {"gradient_checkpointing": options.checkpointing, "bf16": autocast}
+    fixed = {"gradient_checkpointing": False, "bf16": autocast}
     common = shapes.common_settings(folder, device, options.rollouts, options.rollouts) | fixed
     more = {"token_budget": options.budget, "attention": options.attention, "compile_layers": options.compile}
-    more["share_prompts"] = options.share_prompts
     stock = shapes.stock_trainer(shapes.build(options.shape, dtype, device), common)
     return stock, shapes.siesta_trainer(shapes.build(options.shape, dtype, device), common, **more)
 
@@ -183,10 +182,8 @@ def command_line() -> argparse.Namespace:
     parser.add_argument("--micro", nargs="+", type=int, default=[8], help="rows of a micro-batch offered to stock TRL")
     parser.add_argument("--budget", type=int, default=16_384)
     parser.add_argument("--attention", default="auto")
-    parser.add_argument("--share-prompts", action="store_true", help="rollouts of a group share their prompt in ours")
     parser.add_argument("--dtype", default="float32", choices=["bfloat16", "float32"], help="of weights")
     parser.add_argument("--full-precision", action="store_true", help="float32 without autocast")
-    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing in both")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="ours without compiled layers")
     parser.add_argument("--arms", nargs="+", default=["stock", "siesta"])
     parser.add_argument("--warmups", type=int, default=3)

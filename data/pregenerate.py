@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             (options.out / f"{split}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
             print(f"{options.out / f'{split}.jsonl'}: {len(lines)} items")
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"siesta: error: {error}", file=sys.stderr)
         return 2
     return 0
 

@@ -55,6 +55,20 @@ def test_the_speed_page_holds_what_the_files_say(tmp_path: Path, monkeypatch: py
         assert f"<!-- {file.stem} -->" in page
 
 
+@pytest.mark.parametrize("stock", [True, False])
+@pytest.mark.parametrize("mfu", [0.4, float("nan")])
+def test_every_row_of_the_first_table_is_as_wide_as_its_header(stock: bool, mfu: float) -> None:
+    arm = {"median": 2.0, "low": 1.0, "high": 3.0, "tokens_per_second": 10.0, "mfu": mfu, "pass_gib": 5.0}
+    row = {"share_short": 0.8, "backend": "attention: varlen (x)", "arms": {"siesta": arm}}
+    if stock:
+        gap = {"mean": 1e-7}
+        row |= {"arms": {"stock": arm, "siesta": arm}, "agreement": {"cosine": 1.0, "relative_l2": 0.0}}
+        row["logp_gap"] = {"stock": gap, "siesta": gap}
+    lines = speed_tables.train_pass({"rows": [row]}).split("\n\n")[0].splitlines()
+    assert len({line.count("|") for line in lines}) == 1
+    assert lines[0].count("|") == 1 + 3 + 5 * stock + 2 * (mfu == mfu)
+
+
 def test_arms_are_timed_in_turn_and_warm_ups_are_left_out() -> None:
     calls: list[str] = []
     arms = {name: lambda name=name: calls.append(name) for name in ("a", "b")}

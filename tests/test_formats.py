@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -104,6 +104,8 @@ def test_a_known_hub_name_brings_its_format_and_configuration(monkeypatch: pytes
     assert load_examples(section, "test", 5)[0].answer == "1072"
     assert asked == [("openai/gsm8k", {"name": "main", "split": "test", "revision": None})]
     assert {data_format for data_format, _ in KNOWN.values()} <= set(FORMATS)
+    choices = get_args(get_args(Source.model_fields["format"].annotation)[0])
+    assert set(choices) == set(FORMATS), "the recipe offers what there is"
 
 
 def test_a_file_is_read_in_the_format_that_the_recipe_names(tmp_path: Path) -> None:
