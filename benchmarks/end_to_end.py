@@ -92,7 +92,7 @@ class CappedTRL(GRPOTrainer):
     modes: Modes
 
     def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-        with caps_per_mode(self.vllm_generation, self.modes):
+        with caps_per_mode(self.vllm_generation, self.modes, text=True):
             return super()._generate_single_turn(*args, **kwargs)
 
 
@@ -183,6 +183,7 @@ def run_arm(options: argparse.Namespace) -> dict:
         {k: v for k, v in row.items() if k in keep or k.startswith(("time/", "tokens/", "speed/"))} for row in history
     ]
     result = {"seconds": times, "steps": rows, "peak_gib": torch.cuda.max_memory_allocated() / 2**30}
+    write_json(options.out, result)  # what comes next is long, too
     if options.plain:
         result["plain_vllm"] = plain_vllm(trainer, options)
     return result

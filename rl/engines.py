@@ -43,11 +43,15 @@ def check_logp_gap(gap: float) -> None:
 
 
 @contextmanager
-def caps_per_mode(generation: Any, modes: Modes) -> Iterator[None]:
+def caps_per_mode(generation: Any, modes: Modes, *, text: bool = False) -> Iterator[None]:
     """Inside, TRL's `VLLMGeneration` lets every prompt write up to the cap of the control token that it ends in.
 
     TRL has one cap for all prompts of a call. A call per mode would wait for each mode's longest response in turn, and
     in server mode, where a rank gets back as many rows as it sent, it would mix up ranks with unequal shares.
+
+    Args:
+        text: Have a colocated engine write text as well. TRL reads the ids alone, and turning every id into text is
+            work in the process that also schedules the next token.
     """
     caps = {mode.token_id: mode.max_tokens for mode in modes}
     if generation.mode == "colocate":
@@ -58,6 +62,7 @@ def caps_per_mode(generation: Any, modes: Modes) -> Iterator[None]:
             each = [sampling_params.clone() for _ in prompts]
             for params, prompt in zip(each, prompts, strict=True):
                 params.max_tokens = caps[prompt["prompt_token_ids"][-1]]
+                params.detokenize = text or bool(params.stop)  # strings that stop need text
             return write(prompts, sampling_params=each, **settings)
 
         with replaced(engine, "generate", generate):

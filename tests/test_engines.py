@@ -21,6 +21,8 @@ class Params:
 
     max_tokens: int = 1000
     temperature: float = 0.5
+    detokenize: bool = True
+    stop: list[str] = field(default_factory=list)
 
     def clone(self) -> "Params":
         return replace(self)
@@ -48,6 +50,18 @@ def test_colocated_prompts_get_the_cap_of_their_control_token() -> None:
     assert {params.temperature for params in engine.asked} == {0.5}
     assert shared.max_tokens == 1000
     assert engine.generate.__func__ is Engine.generate  # the engine is as it was
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "written"), [([], False, False), ([], True, True), (["\n"], False, True), (["\n"], True, True)]
+)
+def test_text_is_written_only_where_someone_reads_it(stop: list[str], text: bool, written: bool) -> None:
+    engine = Engine()
+    generation = SimpleNamespace(mode="colocate", llm=engine)
+    with caps_per_mode(generation, MODES, text=text):
+        rows: Any = [{"prompt_token_ids": ids} for ids in PROMPTS]
+        generation.llm.generate(rows, sampling_params=Params(stop=stop), use_tqdm=False)  # type: ignore
+    assert {params.detokenize for params in engine.asked} == {written}
 
 
 class Client:
