@@ -32,8 +32,12 @@ def make(arm: str, shape: str, rows: int, length: int, dtype: torch.dtype, **fix
         settings |= {"per_device_train_batch_size": 2, "num_generations": 2}  # a group needs two; the batch has one
     model = shapes.build(shape, dtype, "cuda")
     if arm == "stock":
-        return shapes.stock_trainer(model, settings | fixed)
-    return shapes.siesta_trainer(model, settings | fixed, token_budget=rows * length)
+        trainer: GRPOTrainer = shapes.stock_trainer(model, settings | fixed)
+    else:
+        trainer = shapes.siesta_trainer(model, settings | fixed, token_budget=rows * length)
+    if trainer.args.gradient_checkpointing:  # `train` would do it, and nothing here calls that
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return trainer
 
 
 def peak(trainer: GRPOTrainer, shape: str, rows: int, length: int) -> float:

@@ -58,7 +58,8 @@ def schedule(options: argparse.Namespace, control: list[int], vocabulary: int) -
     draw = random.Random(options.seed)
     prompts, lengths = [], {}
     for i in range(options.prompts):
-        prompts.append([draw.randrange(64, vocabulary) for _ in range(options.prompt - 1)] + [64 + i])
+        words = [draw.randrange(max(control) + 1, vocabulary) for _ in range(options.prompt - 1)]
+        prompts.append([*words, 64 + i])
         lengths[64 + i, control[0]] = max(2, int(draw.gauss(120, 40) * options.scale))
         lengths[64 + i, control[1]] = max(4, int(draw.gauss(2500, 600) * options.scale))
     return prompts, lengths
