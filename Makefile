@@ -54,9 +54,10 @@ results-speed-cpu: setup
 
 # On a machine with one CUDA device, vLLM and these packages; python there is the one to use.
 results-speed-gpu:
-	python -m benchmarks.train_pass --shape 0.6b --micro 4 8 16 64 --out $(SPEED)/b1_0.6b.json
-	python -m benchmarks.train_pass --shape 0.6b --shares 0.8 --full-precision --out $(SPEED)/b1_0.6b_fp32.json
-	python -m benchmarks.train_pass --shape 1.5b --shares 0.8 0 --micro 4 8 --out $(SPEED)/b1_1.5b.json
+	python -m benchmarks.train_pass --shape 0.6b --micro 4 8 --out $(SPEED)/b1_0.6b.json
+	python -m benchmarks.train_pass --shape 0.6b --shares 0.8 --rollouts 16 --micro 2 --full-precision --repeats 2 --warmups 1 \
+	  --out $(SPEED)/b1_0.6b_fp32.json
+	python -m benchmarks.train_pass --shape 1.5b --shares 0.8 0 --micro 4 --warmups 2 --out $(SPEED)/b1_1.5b.json
 	python -m benchmarks.train_pass --shape 1.5b --shares 0 --arms siesta --no-compile --out $(SPEED)/b1_1.5b_eager.json
 	python -m benchmarks.memory --longest --out $(SPEED)/b2.json
 	python -m benchmarks.rollouts --shape 0.6b --out $(SPEED)/b3_generate.json
