@@ -76,7 +76,12 @@ def written_response(example: Example, mode: Mode) -> str:
             f"data.columns.responses.{mode.name}, or worked solutions with data.columns.solution"
         )
     answer = f"\\boxed{{{example.answer}}}" if example.verifier == "math" else example.answer
-    return answer if mode.answer_after is None else f"{example.meta['solution']}\n{mode.answer_after}\n{answer}"
+    return worked(example.meta["solution"], answer, mode)
+
+
+def worked(work: str, answer: str, mode: Mode) -> str:
+    """Work and answer as a response of `mode`: with its marker between them, or without the work if it has none."""
+    return answer if mode.answer_after is None else f"{work}\n{mode.answer_after}\n{answer}"
 
 
 def accuracy(measured: Measurement, key: str) -> float:
