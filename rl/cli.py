@@ -1,6 +1,7 @@
 """The command `siesta`.
 
     siesta train quickstart rl.tau=0.3
+    siesta warmup-data recipe.yaml --out warmup_data
 
 A command is a module with `main(arguments)` that returns the exit code; to add one, add a line to `COMMANDS`. It is
 imported when it is called, so that help does not wait for torch. Exit code 2: the input cannot be used, one line says
@@ -17,6 +18,7 @@ from siesta.data.errors import UserError
 # Command -> module, what it does.
 COMMANDS = {
     "train": ("siesta.rl.train", "run a recipe: model, warm-up, RL, evaluation, export, report"),
+    "warmup-data": ("siesta.rl.warmup_data", "write verified responses in every mode, for the warm-up"),
 }
 
 

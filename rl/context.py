@@ -56,6 +56,11 @@ class Context:
 
     @cached_property
     def warmup_examples(self) -> list[Example]:
+        """What the warm-up is taught on."""
+        return self.own_warmup_examples
+
+    @cached_property
+    def own_warmup_examples(self) -> list[Example]:
         """The training examples, in the warm-up's own mix of levels if it has one."""
         weights = self.recipe.warmup.level_weights
         if weights is None:
@@ -65,13 +70,16 @@ class Context:
 
     @cached_property
     def judge(self) -> Judge:
-        names = {example.verifier for example in self.examples("test", self.recipe.evaluate.items)}
-        names |= {example.verifier for example in self.examples("validation", self.recipe.warmup.check_items)}
-        names |= {example.verifier for example in self.train_examples}
+        examples = self.examples("test", self.recipe.evaluate.items)
+        examples += self.examples("validation", self.recipe.warmup.check_items)
+        return self.judge_of(examples + self.train_examples)
+
+    def judge_of(self, examples: Sequence[Example]) -> Judge:
+        """A judge with the verifiers that these examples name."""
         return build_judge(
             self.tokenizer,
             self.modes,
-            names,
+            {example.verifier for example in examples},
             price_per_token=self.recipe.rl.setting("price_per_token"),
             verifier_timeout=self.recipe.rl.setting("verifier_timeout"),
             verifier_workers=self.recipe.rl.setting("verifier_workers"),
