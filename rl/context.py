@@ -11,7 +11,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from siesta.data.errors import DataError
-from siesta.data.loading import load_examples, training_examples
+from siesta.data.loading import load_examples, response_examples, training_examples
 from siesta.data.prompts import messages, prompt_ids
 from siesta.data.schema import Example
 from siesta.data.sources import Split
@@ -22,6 +22,7 @@ from siesta.rl.modes import Modes
 from siesta.rl.policies import Measurement
 from siesta.rl.recipe import Recipe
 from siesta.rl.run import Run
+from siesta.rl.warmup import teachable
 
 
 @dataclass
@@ -56,8 +57,21 @@ class Context:
 
     @cached_property
     def warmup_examples(self) -> list[Example]:
-        """What the warm-up is taught on."""
-        return self.own_warmup_examples
+        """What the warm-up is taught on: rows of `warmup.responses`, or else the training examples."""
+        section, file = self.recipe.warmup, str(self.recipe.warmup.responses)
+        if section.responses is None:
+            return self.own_warmup_examples
+        examples, dropped = response_examples(file, self.recipe.data, self.evaluation_size)
+        used = teachable(examples, self.modes, pairing=section.pairing, shares=section.shares, where=file)
+        overlap = f"; {dropped} more also stand in an evaluation set" if dropped else ""
+        self.say(f"warm-up: {len(used)} of {len(examples)} rows of {file}, pairing {section.pairing}{overlap}")
+        return used
+
+    @property
+    def evaluation_size(self) -> int:
+        """Items of the largest evaluation set that the run measures on."""
+        recipe = self.recipe
+        return max(recipe.evaluate.items, recipe.warmup.check_items, recipe.evaluate.every_items)
 
     @cached_property
     def own_warmup_examples(self) -> list[Example]:

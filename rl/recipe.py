@@ -134,6 +134,7 @@ class WarmupSection(TrainerSection):
     """Supervised start: both modes are taught before RL chooses between them."""
 
     enabled: bool = True
+    responses: Path | None = Field(default=None, description="responses.jsonl of `siesta warmup-data`.")
     pairing: Literal["paired", "cross"] = "cross"
     shares: dict[str, float] | None = None
     level_weights: dict[int, float] | None = Field(default=None, description="Of a task; those of `data` if not set.")

@@ -38,6 +38,7 @@ def preflight(recipe: Recipe, context: Context) -> None:
         context.say(line)
     examples = context.train_examples + context.examples("test", recipe.evaluate.items)
     examples += context.examples("validation", max(recipe.warmup.check_items, recipe.evaluate.every_items))
+    examples += context.warmup_examples if recipe.warmup.responses else []
     prompts = context.prompts(examples)
     names = [example.id for example in examples]
     check_prompts(context.tokenizer, context.modes, dict(zip(names, prompts, strict=True)))
