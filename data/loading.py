@@ -77,9 +77,35 @@ def training_examples(section: "DataSection") -> tuple[list[Example], int]:
     if section.train is None:
         return load_examples(section, "train", section.train_size), 0
     train = load_examples(section, "train", EVERYTHING)
-    evaluation = load_examples(section, "test", EVERYTHING)
-    evaluation += read_source(section.validation or section.train, section)[0 if section.validation else len(train) :]
-    kept = without_overlap(train, evaluation)
+    kept = without_overlap(train, evaluation_examples(section, EVERYTHING))
     if not kept:
         raise DataError(f"data.train: all {len(train)} rows of {section.train.path} also stand in an evaluation set")
     return kept[: section.train_size], len(train) - len(kept)
+
+
+def evaluation_examples(section: "DataSection", size: int) -> list[Example]:
+    """What training must not see: test and validation items, all of a source's, the first `size` of generated ones."""
+    if section.train is None:
+        return load_examples(section, "test", size) + load_examples(section, "validation", size)
+    held_out = 0 if section.validation else len(load_examples(section, "train", EVERYTHING))
+    validation = read_source(section.validation or section.train, section)[held_out:]
+    return load_examples(section, "test", EVERYTHING) + validation
+
+
+def response_examples(path: str, section: "DataSection", size: int) -> tuple[list[Example], int]:
+    """Rows of a responses.jsonl (`siesta.rl.warmup_data`), and how many were left out because they also stand in an
+    evaluation set; `meta["responses"]` has the modes that a row has a response for.
+
+    Args:
+        size: Of each generated evaluation set.
+
+    Raises:
+        DataError: The file is missing or malformed, or nothing is left.
+    """
+    rows = to_examples(read_rows(path), path, {}, section.verifier)
+    kept = without_overlap(rows, evaluation_examples(section, size))
+    if not kept:
+        raise DataError(
+            f"warmup.responses: {path}: " + ("all rows also stand in an evaluation set" if rows else "empty")
+        )
+    return kept, len(rows) - len(kept)

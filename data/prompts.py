@@ -4,7 +4,7 @@ Every stage (warm-up, rollout, evaluation, export) gets its prompt ids from `pro
 them directly: control token first. Text that was once tokens is never tokenised again.
 """
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import jinja2
 
@@ -17,16 +17,21 @@ if TYPE_CHECKING:
 Messages = list[dict[str, str]]
 
 
-def messages(example: Example, instruction: str = "") -> Messages:
-    """The conversation that asks `example`: one user turn of context, query and an optional instruction."""
-    parts = [part for part in (example.context, example.query, instruction) if part]
-    return [{"role": "user", "content": "\n".join(parts)}]
+def messages(example: Example, *instructions: str, system: str = "") -> Messages:
+    """The conversation that asks `example`: one user turn of context, query and instructions, those that are empty
+    left out; before it a system turn if there is one.
+    """
+    parts = [part for part in (example.context, example.query, *instructions) if part]
+    asked = [{"role": "user", "content": "\n".join(parts)}]
+    return [{"role": "system", "content": system}, *asked] if system else asked
 
 
-def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: Messages) -> list[int]:
-    """Token ids of `prompt` up to the place where the control token goes."""
+def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: Messages, **template: Any) -> list[int]:
+    """Token ids of `prompt` up to the place where the control token goes; `template` goes to the chat template."""
     try:
-        rendered = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
+        rendered = tokenizer.apply_chat_template(
+            prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **template
+        )
     except jinja2.TemplateError as error:
         raise ModelError(f"model: the chat template fails on {prompt[-1]['content'][:60]!r}: {error}") from error
     return cast(dict[str, list[int]], rendered)["input_ids"]

@@ -11,7 +11,7 @@ from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from siesta.data.errors import DataError
-from siesta.data.loading import load_examples, training_examples
+from siesta.data.loading import load_examples, response_examples, training_examples
 from siesta.data.prompts import messages, prompt_ids
 from siesta.data.schema import Example
 from siesta.data.sources import Split
@@ -22,6 +22,7 @@ from siesta.rl.modes import Modes
 from siesta.rl.policies import Measurement
 from siesta.rl.recipe import Recipe
 from siesta.rl.run import Run
+from siesta.rl.warmup import teachable
 
 
 @dataclass
@@ -56,6 +57,24 @@ class Context:
 
     @cached_property
     def warmup_examples(self) -> list[Example]:
+        """What the warm-up is taught on: rows of `warmup.responses`, or else the training examples."""
+        section, file = self.recipe.warmup, str(self.recipe.warmup.responses)
+        if section.responses is None:
+            return self.own_warmup_examples
+        examples, dropped = response_examples(file, self.recipe.data, self.evaluation_size)
+        used = teachable(examples, self.modes, pairing=section.pairing, shares=section.shares, where=file)
+        overlap = f"; {dropped} more also stand in an evaluation set" if dropped else ""
+        self.say(f"warm-up: {len(used)} of {len(examples)} rows of {file}, pairing {section.pairing}{overlap}")
+        return used
+
+    @property
+    def evaluation_size(self) -> int:
+        """Items of the largest evaluation set that the run measures on."""
+        recipe = self.recipe
+        return max(recipe.evaluate.items, recipe.warmup.check_items, recipe.evaluate.every_items)
+
+    @cached_property
+    def own_warmup_examples(self) -> list[Example]:
         """The training examples, in the warm-up's own mix of levels if it has one."""
         weights = self.recipe.warmup.level_weights
         if weights is None:
@@ -65,13 +84,16 @@ class Context:
 
     @cached_property
     def judge(self) -> Judge:
-        names = {example.verifier for example in self.examples("test", self.recipe.evaluate.items)}
-        names |= {example.verifier for example in self.examples("validation", self.recipe.warmup.check_items)}
-        names |= {example.verifier for example in self.train_examples}
+        examples = self.examples("test", self.recipe.evaluate.items)
+        examples += self.examples("validation", self.recipe.warmup.check_items)
+        return self.judge_of(examples + self.train_examples)
+
+    def judge_of(self, examples: Sequence[Example]) -> Judge:
+        """A judge with the verifiers that these examples name."""
         return build_judge(
             self.tokenizer,
             self.modes,
-            names,
+            {example.verifier for example in examples},
             price_per_token=self.recipe.rl.setting("price_per_token"),
             verifier_timeout=self.recipe.rl.setting("verifier_timeout"),
             verifier_workers=self.recipe.rl.setting("verifier_workers"),

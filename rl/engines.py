@@ -21,16 +21,18 @@ class WeightsError(UserError):
     """vLLM does not write with the trainer's weights."""
 
 
-def check_vllm() -> None:
-    """Raises RecipeError unless a vLLM that TRL works with is installed."""
+def check_vllm(key: str = "rl.use_vllm", without: str = "use_vllm: false") -> None:
+    """Raises RecipeError, with the recipe's `key`, unless a vLLM that TRL works with is installed.
+
+    Args:
+        without: The setting that does without it.
+    """
     try:
         found = Version(version("vllm"))
     except PackageNotFoundError:
-        raise RecipeError(
-            "rl.use_vllm: vLLM is not installed; pip install 'siesta-rl[vllm]' or set use_vllm: false"
-        ) from None
+        raise RecipeError(f"{key}: vLLM is not installed; pip install 'siesta-rl[vllm]' or set {without}") from None
     if not OLDEST <= Version(f"{found.major}.{found.minor}") <= NEWEST:
-        raise RecipeError(f"rl.use_vllm: vLLM {found} is installed; versions {OLDEST} to {NEWEST} work with TRL")
+        raise RecipeError(f"{key}: vLLM {found} is installed; versions {OLDEST} to {NEWEST} work with TRL")
 
 
 def check_logp_gap(gap: float) -> None:

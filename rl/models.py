@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from transformers import (
@@ -35,8 +35,17 @@ def build_modes(sections: dict[str, ModeSection], tokenizer: PreTrainedTokenizer
 
 def make_tokenizer(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, list[str]]:
     """The recipe's tokenizer with control tokens and cut chat template, and the tokens that were added."""
-    section = recipe.model
-    tokenizer = embedded.build_tokenizer() if section.path is None else _load(AutoTokenizer, section)
+    tokenizer = published_tokenizer(recipe.model)
+    return tokenizer, prepare_tokenizer(tokenizer, [mode.token for mode in recipe.modes.values()])
+
+
+def published_tokenizer(section: ModelSection, key: str = "model.path") -> PreTrainedTokenizerBase:
+    """A tokenizer without control tokens, with the section's chat template if it names one.
+
+    Args:
+        key: The recipe's key of the path, for messages.
+    """
+    tokenizer = embedded.build_tokenizer() if section.path is None else _load(AutoTokenizer, section, key)
     if section.chat_template is not None:
         if not section.chat_template.is_file():
             raise ModelError(f"model.chat_template: {section.chat_template}: no such file")
@@ -44,7 +53,12 @@ def make_tokenizer(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, list[str]]:
             tokenizer.chat_template = section.chat_template.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ModelError(f"model.chat_template: {section.chat_template}: not UTF-8") from error
-    return tokenizer, prepare_tokenizer(tokenizer, [mode.token for mode in recipe.modes.values()])
+    return tokenizer
+
+
+def published_model(section: ModelSection, key: str = "model.path") -> PreTrainedModel:
+    """The model at the section's path, without control tokens, in the section's dtype."""
+    return _load(AutoModelForCausalLM, section, key, dtype=getattr(torch, section.dtype))
 
 
 def make_model(recipe: Recipe, folder: Path) -> None:
@@ -54,7 +68,7 @@ def make_model(recipe: Recipe, folder: Path) -> None:
     if section.path is None:
         model = embedded.build_model(tokenizer, seed=recipe.seed, **section.embedded.model_dump())
     else:
-        model = _load(AutoModelForCausalLM, section, dtype=getattr(torch, section.dtype))
+        model = published_model(section)
     grow_embeddings(model, tokenizer, added)
     # Sampling settings that a model ships (penalties, suppressed tokens) would make rollouts another policy than the
     # one in the loss, and a second end-of-sequence id would end rollouts that count as cut.
@@ -69,13 +83,13 @@ def model_config(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> P
     return _load(AutoConfig, section)
 
 
-def _load(auto: type, section: ModelSection, **kwargs):
+def _load(auto: Any, section: ModelSection, key: str = "model.path", **kwargs: Any) -> Any:
     try:
         return auto.from_pretrained(
             section.path, revision=section.revision, trust_remote_code=section.trust_remote_code, **kwargs
         )
     except (OSError, ValueError) as error:
-        raise ModelError(f"model.path: {section.path}: {' '.join(str(error).split())[:300]}") from error
+        raise ModelError(f"{key}: {section.path}: {' '.join(str(error).split())[:300]}") from error
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

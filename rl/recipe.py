@@ -19,6 +19,7 @@ from trl import SFTConfig
 from siesta.data.errors import RecipeError
 from siesta.data.sources import check_level_weights
 from siesta.rl.config import DeGRPOConfig
+from siesta.rl.teacher_section import TeacherSection
 
 # Fields of the TRL configs that belong to the run as a whole.
 ELSEWHERE = {
@@ -133,6 +134,7 @@ class WarmupSection(TrainerSection):
     """Supervised start: both modes are taught before RL chooses between them."""
 
     enabled: bool = True
+    responses: Path | None = Field(default=None, description="responses.jsonl of `siesta warmup-data`.")
     pairing: Literal["paired", "cross"] = "cross"
     shares: dict[str, float] | None = None
     level_weights: dict[int, float] | None = Field(default=None, description="Of a task; those of `data` if not set.")
@@ -202,6 +204,7 @@ class Recipe(Section):
     model: ModelSection = ModelSection()
     modes: dict[str, ModeSection]
     data: DataSection
+    teachers: dict[str, TeacherSection] = {}
     warmup: WarmupSection = WarmupSection()
     rl: RLSection = RLSection()
     evaluate: EvaluateSection = EvaluateSection()
@@ -322,7 +325,11 @@ def check_modes(file: Path, recipe: Recipe) -> None:
         raise RecipeError(f"{file}: modes: two modes share a control token")
     if recipe.warmup.shares and recipe.warmup.pairing == "paired":
         raise RecipeError(f"{file}: warmup.shares: paired rows show every mode equally; use pairing: cross")
-    named = {"warmup.shares": recipe.warmup.shares or {}, "warmup.stop": recipe.warmup.stop}
+    named: dict[str, dict] = {
+        "warmup.shares": recipe.warmup.shares or {},
+        "warmup.stop": recipe.warmup.stop,
+        "teachers": recipe.teachers,
+    }
     for section, keys in named.items():
         for key in keys:
             if key.split("@")[0] not in recipe.modes:
@@ -355,7 +362,8 @@ def describe(error: ValidationError) -> str:
         section: Any = Recipe
         for part in fault["loc"][:-1]:
             section = section_type(section, part)
-        return unknown_key(path, str(fault["loc"][-1]), set(section.model_fields))
+        known = {field.alias or name for name, field in section.model_fields.items()}
+        return unknown_key(path, str(fault["loc"][-1]), known)
     got = "" if fault["type"] == "missing" else f", got {fault['input']!r}"
     return f"{path}: {fault['msg']}{got}"
 

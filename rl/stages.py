@@ -112,6 +112,7 @@ def warmup_trainer(context: Context, validation) -> SFTTrainer:
         shares=section.shares,
         instruction=recipe.data.instruction,
         seed=recipe.seed,
+        own_only=section.responses is not None,
     )
     config = warmup_config(context)
     trainer = SFTTrainer(

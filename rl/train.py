@@ -1,25 +1,23 @@
 """Run a recipe: model, warm-up, RL, evaluation, export, report.
 
     accelerate launch --config_file recipes/accelerate/cpu.yaml -m siesta.rl.train recipes/quickstart.yaml
-    python -m siesta.rl.train quickstart rl.tau=0.3 tracking.run=warmer --dry-run
+    siesta train quickstart rl.tau=0.3 tracking.run=warmer --dry-run
 
 Exit code 2: the input cannot be used, one line says why. 3: the collapse guard ended the run.
 """
 
 import argparse
 import sys
-import warnings
 from collections.abc import Sequence
 
-import datasets
 import torch
 from accelerate import PartialState
 from rich.console import Console
-from transformers.utils import logging as transformers_logging
 
 from siesta.data.errors import UserError
 from siesta.data.loading import skipped_rows
 from siesta.rl.config import check_method
+from siesta.rl.console import quiet_libraries
 from siesta.rl.context import Context
 from siesta.rl.machine import check_machine, memory_estimate
 from siesta.rl.models import lora_config
@@ -40,6 +38,7 @@ def preflight(recipe: Recipe, context: Context) -> None:
         context.say(line)
     examples = context.train_examples + context.examples("test", recipe.evaluate.items)
     examples += context.examples("validation", max(recipe.warmup.check_items, recipe.evaluate.every_items))
+    examples += context.warmup_examples if recipe.warmup.responses else []
     prompts = context.prompts(examples)
     names = [example.id for example in examples]
     check_prompts(context.tokenizer, context.modes, dict(zip(names, prompts, strict=True)))
@@ -75,16 +74,12 @@ def run_recipe(recipe: Recipe) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="siesta.rl.train", description="Run a siesta recipe.")
+    parser = argparse.ArgumentParser(prog="siesta train", description="Run a siesta recipe.")
     parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
     options = parser.parse_args(arguments)
-    # Version notes of the libraries below us would bury our own lines; errors still show.
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    quiet_libraries()
     try:
         recipe = load_recipe(options.recipe, options.overrides)
         if options.dry_run:

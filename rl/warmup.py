@@ -6,7 +6,7 @@ Rows are prompt ids (data/prompts.py), a control token, a written response; only
 the accuracies named in `warmup.stop` are reached, and a gate checks that RL can start at all.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from random import Random
 
 import numpy as np
@@ -36,6 +36,7 @@ def warmup_rows(
     shares: dict[str, float] | None,
     instruction: str,
     seed: int,
+    own_only: bool = False,
 ) -> Dataset:
     """Rows of `input_ids` and `labels`.
 
@@ -43,20 +44,55 @@ def warmup_rows(
         pairing: `paired` or `cross`.
         shares: Weight of each mode under `cross`; equal by default.
         seed: Of the draw of modes.
+        own_only: Draw among the modes that an example brings a response for, as rows of `warmup.responses` may lack
+            some; otherwise such an example is an error.
 
     Raises:
         DataError: An example has no response for a mode it is shown in.
     """
     modes, tokenizer = judge.modes, judge.tokenizer
     rng = Random(seed)
-    weights = [(shares or {}).get(mode.name, 0.0 if shares else 1.0) for mode in modes]
+    weight = mode_weights(modes, shares)
     rows = []
     for example in examples:
         prompt = prompt_ids(tokenizer, messages(example, instruction))
+        weights = [0.0 if own_only and not has_response(example, mode) else weight[mode.name] for mode in modes]
         for mode in list(modes) if pairing == "paired" else rng.choices(list(modes), weights):
             completion = [mode.token_id, *response_ids(tokenizer, written_response(example, mode))]
             rows.append({"input_ids": prompt + completion, "labels": [IGNORED] * len(prompt) + completion})
     return Dataset.from_list(rows)
+
+
+def mode_weights(modes: Modes, shares: dict[str, float] | None) -> dict[str, float]:
+    """Weight of each mode when one is drawn: a mode that `shares` does not name has none."""
+    return {mode.name: shares.get(mode.name, 0.0) if shares else 1.0 for mode in modes}
+
+
+def has_response(example: Example, mode: Mode) -> bool:
+    """Does the example bring a response for this mode, not just a solution to make one of?"""
+    return mode.name in example.meta.get("responses", {})
+
+
+def teachable(
+    examples: Sequence[Example], modes: Modes, *, pairing: str, shares: dict[str, float] | None, where: str
+) -> list[Example]:
+    """Examples with their own responses that can be shown: in every mode if `paired`, else in one that is drawn.
+
+    Args:
+        where: Names the file in messages.
+
+    Raises:
+        DataError: A mode is in no example, or no example is left.
+    """
+    drawn = [mode for mode in modes if mode_weights(modes, shares)[mode.name] > 0]
+    for mode in drawn:
+        if not any(has_response(example, mode) for example in examples):
+            raise DataError(f"warmup.responses: {where}: no row has a response for mode {mode.name!r}")
+    suits = all if pairing == "paired" else any
+    chosen = [example for example in examples if suits(has_response(example, mode) for mode in drawn)]
+    if not chosen:
+        raise DataError(f"warmup.responses: {where}: no row has a response for every mode; use warmup.pairing: cross")
+    return chosen
 
 
 def written_response(example: Example, mode: Mode) -> str:
@@ -76,7 +112,12 @@ def written_response(example: Example, mode: Mode) -> str:
             f"data.columns.responses.{mode.name}, or worked solutions with data.columns.solution"
         )
     answer = f"\\boxed{{{example.answer}}}" if example.verifier == "math" else example.answer
-    return answer if mode.answer_after is None else f"{example.meta['solution']}\n{mode.answer_after}\n{answer}"
+    return worked(example.meta["solution"], answer, mode)
+
+
+def worked(work: str, answer: str, mode: Mode) -> str:
+    """Work and answer as a response of `mode`: with its marker between them, or without the work if it has none."""
+    return answer if mode.answer_after is None else f"{work}\n{mode.answer_after}\n{answer}"
 
 
 def accuracy(measured: Measurement, key: str) -> float:

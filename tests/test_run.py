@@ -171,7 +171,7 @@ def test_a_half_trained_stage_is_not_continued_with_other_settings(
 def test_every_stage_and_every_section_has_its_place() -> None:
     assert list(DEPENDS) == list(STAGES)
     placed = [section for sections in DEPENDS.values() for section in sections]
-    assert sorted(placed) == sorted(set(Recipe.model_fields) - {"tracking"})
+    assert sorted(placed) == sorted(set(Recipe.model_fields) - {"tracking", "teachers"})
 
 
 # ---- atomic writes -------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from siesta.rl.warmup import (
     accuracy,
     accuracy_by_level,
     check_gate,
+    teachable,
     warmup_rows,
 )
 from tests.helpers import calc_examples, tiny_judge
@@ -102,6 +103,57 @@ def test_a_missing_response_names_example_mode_and_column() -> None:
     with pytest.raises(DataError, match=f"{second.id}: no response for mode 'short'"):
         rows([replace(second, meta={})], "cross", shares={"short": 1.0})
     assert len(rows([bare], "cross", shares={"short": 1.0})) == 1, "a mode that is never drawn needs none"
+
+
+# ---- rows of a responses file ---------------------------------------------------------------------------------------
+
+
+def with_responses(*names: str) -> list[Example]:
+    """An example for each text: s has a response for short, t one for think, st both."""
+    modes = {"s": "short", "t": "think"}
+    own = calc_examples(len(names))
+    return [
+        replace(example, meta={"responses": {modes[key]: example.meta["responses"][modes[key]] for key in name}})
+        for example, name in zip(own, names, strict=True)
+    ]
+
+
+def chosen(examples: list[Example], pairing: str, shares: dict[str, float] | None = None) -> list[Example]:
+    return teachable(examples, JUDGE.modes, pairing=pairing, shares=shares, where="r.jsonl")
+
+
+def test_paired_takes_examples_with_every_mode_and_cross_those_with_one() -> None:
+    examples = with_responses("st", "s", "t", "st", "")
+    assert chosen(examples, "paired") == [examples[0], examples[3]]
+    assert chosen(examples, "cross") == examples[:4]
+    assert chosen(examples, "cross", {"think": 2.0}) == [examples[0], examples[2], examples[3]]
+    short, think = JUDGE.modes.token_ids
+    assert [opening(row) for row in rows(chosen(examples, "paired"), "paired", own_only=True)] == [short, think] * 2
+
+
+def test_cross_draws_among_the_modes_that_an_example_has() -> None:
+    examples = with_responses(*["s", "t", "st", "st"] * 250)
+    short, think = JUDGE.modes.token_ids
+    shares = {"short": 1.0, "think": 4.0}
+    made = [opening(row) for row in rows(chosen(examples, "cross", shares), "cross", own_only=True, shares=shares)]
+    assert set(made[0::4]) == {short}
+    assert set(made[1::4]) == {think}
+    both = made[2::4] + made[3::4]
+    assert both.count(think) / len(both) == pytest.approx(0.8, abs=0.05)
+    with pytest.raises(DataError, match="no response for mode"):  # negative control: drawn regardless
+        rows(examples, "cross", shares=shares)
+
+
+def test_examples_with_every_mode_are_drawn_as_ever() -> None:
+    assert rows(calc_examples(50), "cross", own_only=True) == rows(calc_examples(50), "cross")
+
+
+def test_a_file_that_cannot_teach_is_named() -> None:
+    with pytest.raises(DataError, match=r"^warmup\.responses: r\.jsonl: no row has a response for mode 'think'$"):
+        chosen(with_responses("s", "s"), "cross")
+    with pytest.raises(DataError, match=r"r\.jsonl: no row has a response for every mode; use warmup\.pairing: cross"):
+        chosen(with_responses("s", "t"), "paired")
+    assert len(chosen(with_responses("s", "s"), "cross", {"short": 1.0})) == 2, "think has no share"
 
 
 # ---- accuracy ------------------------------------------------------------------------------------------------------

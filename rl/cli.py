@@ -1,0 +1,46 @@
+"""The command `siesta`.
+
+    siesta train quickstart rl.tau=0.3
+    siesta warmup-data recipe.yaml --out warmup_data
+
+A command is a module with `main(arguments)` that returns the exit code; to add one, add a line to `COMMANDS`. It is
+imported when it is called, so that help does not wait for torch. Exit code 2: the input cannot be used, one line says
+why.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from siesta.data.errors import UserError
+
+# Command -> module, what it does.
+COMMANDS = {
+    "train": ("siesta.rl.train", "run a recipe: model, warm-up, RL, evaluation, export, report"),
+    "warmup-data": ("siesta.rl.warmup_data", "write verified responses in every mode, for the warm-up"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    listed = "\n".join(f"  {name:<{max(map(len, COMMANDS))}}  {what}" for name, (_, what) in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="siesta",
+        description=f"commands:\n{listed}",
+        epilog="siesta COMMAND --help shows the arguments of a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command")
+    options = parser.parse_args(arguments)
+    module = import_module(COMMANDS[options.command][0])
+    try:
+        return module.main(options.arguments)
+    except UserError as error:
+        print(f"siesta: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

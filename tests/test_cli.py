@@ -1,0 +1,64 @@
+"""The command `siesta`: it finds its commands, hands their arguments on, and turns bad input into exit code 2."""
+
+import tomllib
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from siesta.data.errors import DataError
+from siesta.rl import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_console_script_is_this_main() -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    module, _, name = scripts["siesta"].partition(":")
+    assert vars(import_module(module))[name] is cli.main
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_every_command_is_listed_and_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--help"], [command, "--help"]):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(arguments)
+        assert stop.value.code == 0
+        assert command in capsys.readouterr().out
+
+
+def test_arguments_and_exit_code_are_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    module = SimpleNamespace(main=lambda arguments: seen.append(arguments) or 3)
+    monkeypatch.setattr(cli, "import_module", lambda name: module)
+    assert cli.main(["train", "--dry-run", "a.yaml", "rl.tau=1", "--help"]) == 3
+    assert seen == [["--dry-run", "a.yaml", "rl.tau=1", "--help"]]
+
+
+def test_bad_input_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse(arguments: list[str]) -> int:
+        raise DataError("rows.jsonl, row 3: no query")
+
+    monkeypatch.setattr(cli, "import_module", lambda name: SimpleNamespace(main=refuse))
+    assert cli.main(["train"]) == 2
+    assert capsys.readouterr() == ("", "siesta: error: rows.jsonl, row 3: no query\n")
+
+
+def test_a_fault_of_our_own_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "import_module", lambda name: SimpleNamespace(main=lambda arguments: [][0]))
+    with pytest.raises(IndexError):
+        cli.main(["train"])
+
+
+@pytest.mark.parametrize("arguments", [[], ["trian"]])
+def test_no_command_or_an_unknown_one(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert "COMMAND" in capsys.readouterr().err
+
+
+def test_train_is_the_module_of_its_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "nowhere"]) == 2
+    assert capsys.readouterr().err.startswith("siesta: error: nowhere: no such recipe")
