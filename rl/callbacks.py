@@ -115,7 +115,9 @@ class CollapseGuard(TrainerCallback):
         self.reason = ""
 
     def fault(self, logs: dict[str, float]) -> str | None:
-        """What is wrong with one log, or None."""
+        """What is wrong with one log, or None; a mode that is the only one cannot be lost."""
+        if len(self.modes) == 1:
+            return None
         for mode in self.modes:
             share = logs[f"mode/{mode}/prob"]
             if not self.section.min_share <= share <= self.section.max_share:

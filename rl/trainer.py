@@ -188,9 +188,8 @@ class DeGRPOTrainer(GRPOTrainer):
         steps = cast(int, self.method.steps_per_generation) / self.args.gradient_accumulation_steps
         num_rollouts = rollouts.scorable.sum().item() / steps
         scorable = rollouts.scorable[own].to(mask.device)
-        control = (
-            torch.zeros(len(scorable)) if given.targets is not None else self.method.alpha * rollouts.importance[own]
-        )
+        alpha = self.method.alpha if self.method.decoupled else 1.0
+        control = torch.zeros(len(scorable)) if given.targets is not None else alpha * rollouts.importance[own]
         advantages = given.response_advantages[own, None].repeat(1, mask.shape[1])
         advantages[:, 0] = given.mode_advantages[own]
         batch["advantages"] = advantages.to(mask.device)
