@@ -7,6 +7,7 @@ from typing import cast
 from trl import GRPOConfig
 
 from siesta.data.errors import RecipeError
+from siesta.rewards.hacking import FLAGS
 
 NO_BONUS = "the loss has no entropy bonus"
 OTHER_LOSS = "it belongs to a loss_type that is not used"
@@ -81,6 +82,12 @@ class DeGRPOConfig(GRPOConfig):
         default=0.0, metadata={"help": "Pull Q(x, m) towards its batch mean, as if this many rollouts had shown it."}
     )
     price_per_token: float = field(default=0.0, metadata={"help": "Reward units paid per response token."})
+    hack_prices: dict[str, float] | None = field(
+        default=None, metadata={"help": "Reward units that a flag of siesta.rewards.hacking costs a response."}
+    )
+    hack_alarm: float = field(
+        default=0.1, metadata={"help": "Share of a mode's rollouts with a flag at which the log says so loudly."}
+    )
     verifier_timeout: float = field(default=10.0, metadata={"help": "Seconds a verifier may take for one answer."})
     verifier_workers: int = field(
         default=2, metadata={"help": "Processes per rank for verifiers that run in one (`math`, dotted paths)."}
@@ -143,6 +150,17 @@ def check_one_mode(config: DeGRPOConfig) -> None:
             )
 
 
+def check_hacks(config: DeGRPOConfig) -> None:
+    """Refuse prices of flags that nobody raises, or below 0: those would pay for hacks."""
+    for flag, price in (config.hack_prices or {}).items():
+        if flag not in FLAGS:
+            raise RecipeError(f"rl.hack_prices.{flag}: not a flag; flags are {', '.join(FLAGS)}")
+        if not price >= 0:
+            raise RecipeError(f"rl.hack_prices.{flag}: {price} must be 0 or more")
+    if not 0 < config.hack_alarm <= 1:
+        raise RecipeError(f"rl.hack_alarm: {config.hack_alarm} is not a share above 0 and up to 1")
+
+
 def check_method(config: DeGRPOConfig, num_modes: int) -> None:
     """Refuse combinations that train something else than they say.
 
@@ -187,6 +205,7 @@ def check_method(config: DeGRPOConfig, num_modes: int) -> None:
             "rl.mode_sampling: advantage: reference needs rollouts of the last mode in every group; use stratified "
             "or floor"
         )
+    check_hacks(config)
     prompts, steps = cast(int, config.generation_batch_size) // group, optimizer_steps(config)
     if config.share_prompts and prompts % steps:
         raise RecipeError(
