@@ -15,6 +15,7 @@ from typing import Any
 from siesta.data.errors import DataError
 from siesta.data.schema import Example
 from siesta.data.sources import Split, split_of
+from siesta.data.worked import worked
 
 POOL = 100_000  # items of a family at a level that are drawn from
 ATTEMPTS = 500
@@ -51,8 +52,10 @@ def family_items(family: str, level: int) -> Any:
     curriculum.set_global_level(level - 1)
     try:
         alone = DefaultCurriculumContext(mode=RangeAttributeMode.UPPER_BOUND)
-        return create_dataset(family, **vars(curriculum.generate_configuration({"seed": 0, "size": POOL}, alone)))
-    except (ValueError, AssertionError) as error:
+        items = create_dataset(family, **vars(curriculum.generate_configuration({"seed": 0, "size": POOL}, alone)))
+        items[0]  # some families find out only now that they have nothing at this level
+        return items
+    except (ValueError, AssertionError, IndexError) as error:
         raise DataError(f"data.families: {family} at level {level}: {error}") from error
 
 
@@ -109,7 +112,7 @@ class FamilySource(Sequence[Example]):
 
 
 def to_example(family: str, level: int, entry: dict[str, Any], name: str) -> Example:
-    """An entry of reasoning-gym as ours.
+    """An entry of reasoning-gym as ours, with a worked solution for the families that `worked` knows.
 
     Raises:
         DataError: What scoring needs of it cannot be written as JSON.
@@ -120,4 +123,7 @@ def to_example(family: str, level: int, entry: dict[str, Any], name: str) -> Exa
     except TypeError as error:
         raise DataError(f"data.families: {family}: its entries cannot be written as JSON: {error}") from error
     meta = {"level": level, "family": family}
+    solution = worked(family, entry)
+    if solution is not None:
+        meta["solution"] = solution
     return Example(name, "", entry["question"].strip(), answer, verifier="reasoning_gym", meta=meta)

@@ -2,9 +2,9 @@
 
     python -m siesta.data.pregenerate chain_sum gcd --levels 1 2 3 --train 5000 --test 400 --out items
 
-writes items/train.jsonl, validation.jsonl and test.jsonl with the columns id, query, answer, verifier, level. With
-`--exact` the answer is reasoning-gym's own and is compared as text, so that scoring does not need the package either;
-right only for families with one right answer.
+writes items/train.jsonl, validation.jsonl and test.jsonl with the columns id, query, answer, verifier, level, and
+solution for the families that have worked solutions. With `--exact` the answer is reasoning-gym's own and is compared
+as text, so that scoring does not need the package either; right only for families with one right answer.
 """
 
 import argparse
@@ -22,6 +22,8 @@ from siesta.data.sources import Split
 def row_of(example, *, exact: bool) -> dict:
     """The columns of an item."""
     row = {"id": example.id, "query": example.query, "level": example.level}
+    if "solution" in example.meta:
+        row["solution"] = example.meta["solution"]
     if exact:
         return row | {"answer": str(json.loads(example.answer)["answer"]), "verifier": "exact"}
     return row | {"answer": example.answer, "verifier": example.verifier}

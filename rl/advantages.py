@@ -65,7 +65,9 @@ def assign_credit(rollouts: Rollouts, method: "DeGRPOConfig", *, prior: list[flo
     rewards, modes = rollouts.rewards.view(grid), rollouts.modes.view(grid)
     values, counts = mode_values(rewards, modes, len(prior))
     if method.advantage == "group":
-        mode_advantages = response_advantages = group_advantages(rewards, scale=method.scale_rewards == "group")
+        mode_advantages = response_advantages = group_advantages(rewards, scale=method.scale_rewards)
+    elif method.advantage == "reference":
+        mode_advantages = response_advantages = reference_advantages(rewards, values)
     else:
         mode_probs = rollouts.mode_probs[:: rollouts.group]
         mode_advantages, response_advantages = per_mode_advantages(rewards, modes, values, mode_probs)
@@ -97,16 +99,28 @@ def mode_values(rewards: torch.Tensor, modes: torch.Tensor, num_modes: int) -> t
     return totals / counts, counts  # 0 / 0 is NaN: the value is not known
 
 
-def group_advantages(rewards: torch.Tensor, *, scale: bool = False) -> torch.Tensor:
+def group_advantages(rewards: torch.Tensor, *, scale: str = "none") -> torch.Tensor:
     """r_i - mean of the group, Thinkless' A for every token. (P, G) -> (P, G); 0 for unscorable rollouts.
 
-    `scale` divides by the group's standard deviation, as GRPO first did.
+    `scale` divides by a standard deviation: of the `group`, as GRPO first did, or of the whole `batch` of differences,
+    as DLER does (arXiv 2510.15110), so that a group with one success does not count for more than one with many.
     """
     centred = rewards - rewards.nanmean(dim=1, keepdim=True)
-    if scale:
-        degrees = ((~rewards.isnan()).sum(dim=1, keepdim=True) - 1).clamp(min=1)
-        centred = centred / ((centred.nan_to_num(0.0) ** 2).sum(dim=1, keepdim=True) / degrees).sqrt().add(1e-4)
+    if scale != "none":
+        over = {"group": (1,), "batch": (0, 1)}[scale]
+        degrees = ((~rewards.isnan()).sum(dim=over, keepdim=True) - 1).clamp(min=1)
+        centred = centred / ((centred.nan_to_num(0.0) ** 2).sum(dim=over, keepdim=True) / degrees).sqrt().add(1e-4)
     return centred.nan_to_num(0.0)
+
+
+def reference_advantages(rewards: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """r_i - Q(x, last mode): better or worse than always answering in the reference mode, the last of the recipe.
+
+    The accuracy constraint of AdaptThink (arXiv 2505.13417), whose bonus delta for not thinking is in the reward
+    table here. There the reference was measured once, on the model before RL; here it is the group's own rollouts in
+    that mode, so the bar rises as thinking improves. (P, G), (P, M) -> (P, G); 0 where the bar is not known.
+    """
+    return (rewards - values[:, -1:]).nan_to_num(0.0)
 
 
 def per_mode_advantages(
@@ -169,17 +183,17 @@ def token_weights(
         completion_mask: 1 on completion tokens, control token first, shape (B, T).
         scorable: Rollouts that count, shape (B,), bool.
         num_rollouts: N, scorable rollouts of the whole optimizer step over all ranks.
-        control: Factor of each control token, shape (B,): alpha * rho_i.
+        control: Factor of each control token, shape (B,): alpha * rho_i, or rho_i alone for plain GRPO.
         decoupled: True: the control token weighs control / N and each response token 1 / (N T_i). False is plain GRPO:
-            every one of the T_i + 1 tokens weighs 1 / (N (T_i + 1)), and `control` is not used.
+            every one of the T_i + 1 tokens weighs 1 / (N (T_i + 1)), times `control` at the first.
     """
     mask = completion_mask.to(control.dtype) * scorable[:, None]
     weights = mask.clone()
     if decoupled:
         weights[:, 1:] /= mask[:, 1:].sum(dim=1, keepdim=True).clamp(min=1)
-        weights[:, 0] *= control
     else:
         weights /= mask.sum(dim=1, keepdim=True).clamp(min=1)
+    weights[:, 0] *= control
     return weights / max(num_rollouts, 1.0)
 
 

@@ -1,11 +1,11 @@
-"""What watches a training: screen line, metrics.jsonl, samples.jsonl, validation of the policies, collapse guard."""
+"""What watches a training: screen line, metrics.jsonl, samples.jsonl, validation, collapse guard, hack alarm."""
 
 import json
 import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from transformers import TrainerCallback
@@ -115,7 +115,9 @@ class CollapseGuard(TrainerCallback):
         self.reason = ""
 
     def fault(self, logs: dict[str, float]) -> str | None:
-        """What is wrong with one log, or None."""
+        """What is wrong with one log, or None; a mode that is the only one cannot be lost."""
+        if len(self.modes) == 1:
+            return None
         for mode in self.modes:
             share = logs[f"mode/{mode}/prob"]
             if not self.section.min_share <= share <= self.section.max_share:
@@ -138,3 +140,30 @@ class CollapseGuard(TrainerCallback):
                 control.should_save = True
             if self.section.action == "stop":
                 control.should_training_stop = True
+
+
+class HackAlarm(TrainerCallback):
+    """Says loudly that many rollouts of a mode raise a flag of `siesta.rewards.hacking`, once each time their share
+    comes to the threshold. Whether a price follows is for the recipe; here somebody is told to read samples.jsonl.
+    """
+
+    def __init__(self, threshold: float, prices: Mapping[str, float]):
+        self.threshold, self.prices = threshold, prices
+        self.raised: set[str] = set()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        for key, share in (logs or {}).items():
+            if not key.startswith("hack/"):
+                continue
+            _, flag, mode = key.split("/")
+            if share >= self.threshold and key not in self.raised and state.is_world_process_zero:
+                logger.warning(
+                    "REWARD HACK? step %d: %.0f %% of the rollouts of mode %s show %s (price %g); see samples.jsonl, "
+                    "and rl.hack_prices to make it cost something",
+                    state.global_step,
+                    100 * share,
+                    mode,
+                    flag,
+                    self.prices.get(flag, 0.0),
+                )
+            (self.raised.add if share >= self.threshold else self.raised.discard)(key)

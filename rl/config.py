@@ -7,6 +7,7 @@ from typing import cast
 from trl import GRPOConfig
 
 from siesta.data.errors import RecipeError
+from siesta.rewards.hacking import FLAGS
 
 NO_BONUS = "the loss has no entropy bonus"
 OTHER_LOSS = "it belongs to a loss_type that is not used"
@@ -61,7 +62,10 @@ class DeGRPOConfig(GRPOConfig):
     )
     advantage: str = field(
         default="per_mode",
-        metadata={"help": "`group`: r - group mean on every token. `per_mode`: mode and response credit apart."},
+        metadata={
+            "help": "`group`: r - group mean on every token. `per_mode`: mode and response credit apart. "
+            "`reference`: r - mean of the group's rollouts in the last mode."
+        },
     )
     decoupled: bool = field(
         default=True, metadata={"help": "False: plain GRPO, the control token weighs as any other, 1 / (T + 1)."}
@@ -78,6 +82,12 @@ class DeGRPOConfig(GRPOConfig):
         default=0.0, metadata={"help": "Pull Q(x, m) towards its batch mean, as if this many rollouts had shown it."}
     )
     price_per_token: float = field(default=0.0, metadata={"help": "Reward units paid per response token."})
+    hack_prices: dict[str, float] | None = field(
+        default=None, metadata={"help": "Reward units that a flag of siesta.rewards.hacking costs a response."}
+    )
+    hack_alarm: float = field(
+        default=0.1, metadata={"help": "Share of a mode's rollouts with a flag at which the log says so loudly."}
+    )
     verifier_timeout: float = field(default=10.0, metadata={"help": "Seconds a verifier may take for one answer."})
     verifier_workers: int = field(
         default=2, metadata={"help": "Processes per rank for verifiers that run in one (`math`, dotted paths)."}
@@ -101,7 +111,8 @@ class DeGRPOConfig(GRPOConfig):
 
     # Other defaults than TRL's.
     scale_rewards: str = field(
-        default="none", metadata={"help": "`none`, or `group` to divide advantages by the group's standard deviation."}
+        default="none",
+        metadata={"help": "Divide advantages by a standard deviation: `none`, of the `group`, or of the `batch`."},
     )
     vllm_importance_sampling_mode: str = field(
         default="token_truncate", metadata={"help": "Per token; sequence-level correction drops long rollouts first."}
@@ -115,7 +126,7 @@ class DeGRPOConfig(GRPOConfig):
                 raise RecipeError(f"rl.{name}: not a setting of DeGRPO: {reason}")
         if self.num_generations is not None and self.num_generations < 2:
             raise RecipeError(
-                f"rl.num_generations: {self.num_generations} rollout cannot hold two modes; use at least 2"
+                f"rl.num_generations: {self.num_generations} rollout has no group to be better than; use at least 2"
             )
         super().__post_init__()
 
@@ -124,6 +135,30 @@ def optimizer_steps(config: DeGRPOConfig) -> int:
     """Parts of a generation batch that are sure to fall into different optimizer steps."""
     number = cast(int, config.steps_per_generation)
     return number // gcd(number, config.gradient_accumulation_steps)
+
+
+# What chooses between modes, and its value where there is nothing to choose.
+ONE_MODE = {"mode_objective": "policy_gradient", "mode_sampling": "free", "advantage": "group"}
+
+
+def check_one_mode(config: DeGRPOConfig) -> None:
+    """Refuse what only two modes could give a meaning, so that a recipe with one mode does not seem to do more."""
+    for name, value in ONE_MODE.items():
+        if getattr(config, name) != value:
+            raise RecipeError(
+                f"rl.{name}: {getattr(config, name)} needs two modes and the recipe has one; set {name}: {value}"
+            )
+
+
+def check_hacks(config: DeGRPOConfig) -> None:
+    """Refuse prices of flags that nobody raises, or below 0: those would pay for hacks."""
+    for flag, price in (config.hack_prices or {}).items():
+        if flag not in FLAGS:
+            raise RecipeError(f"rl.hack_prices.{flag}: not a flag; flags are {', '.join(FLAGS)}")
+        if not price >= 0:
+            raise RecipeError(f"rl.hack_prices.{flag}: {price} must be 0 or more")
+    if not 0 < config.hack_alarm <= 1:
+        raise RecipeError(f"rl.hack_alarm: {config.hack_alarm} is not a share above 0 and up to 1")
 
 
 def check_method(config: DeGRPOConfig, num_modes: int) -> None:
@@ -135,13 +170,15 @@ def check_method(config: DeGRPOConfig, num_modes: int) -> None:
     choices = {
         "mode_objective": ("target", "policy_gradient"),
         "mode_sampling": ("free", "stratified", "floor"),
-        "advantage": ("group", "per_mode"),
-        "scale_rewards": ("none", "group"),
+        "advantage": ("group", "per_mode", "reference"),
+        "scale_rewards": ("none", "group", "batch"),
         "vllm_importance_sampling_mode": ("token_truncate", "token_mask"),
     }
     for name, allowed in choices.items():
         if getattr(config, name) not in allowed:
             raise RecipeError(f"rl.{name}: {getattr(config, name)!r} is not one of {', '.join(allowed)}")
+    if num_modes == 1:
+        check_one_mode(config)
     group = config.num_generations or 0
     target = config.mode_objective == "target"
     if group < num_modes:
@@ -158,10 +195,17 @@ def check_method(config: DeGRPOConfig, num_modes: int) -> None:
         raise RecipeError("rl.mode_floor_steps: mode targets need the floor to the end; set it to 0")
     if target and not config.decoupled:
         raise RecipeError("rl.decoupled: plain GRPO has no mode target; set mode_objective: policy_gradient")
-    if config.scale_rewards == "group" and config.advantage == "per_mode":
+    if config.scale_rewards != "none" and config.advantage != "group":
         raise RecipeError(
-            "rl.scale_rewards: per_mode advantages are not scaled; use advantage: group or scale_rewards: none"
+            f"rl.scale_rewards: {config.advantage} advantages are not scaled; use advantage: group or "
+            "scale_rewards: none"
         )
+    if config.advantage == "reference" and config.mode_sampling == "free":
+        raise RecipeError(
+            "rl.mode_sampling: advantage: reference needs rollouts of the last mode in every group; use stratified "
+            "or floor"
+        )
+    check_hacks(config)
     prompts, steps = cast(int, config.generation_batch_size) // group, optimizer_steps(config)
     if config.share_prompts and prompts % steps:
         raise RecipeError(

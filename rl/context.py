@@ -97,6 +97,7 @@ class Context:
             price_per_token=self.recipe.rl.setting("price_per_token"),
             verifier_timeout=self.recipe.rl.setting("verifier_timeout"),
             verifier_workers=self.recipe.rl.setting("verifier_workers"),
+            hack_prices=self.recipe.rl.setting("hack_prices"),
         )
 
     @property

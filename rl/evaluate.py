@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from siesta.data.prompts import end_id, messages, pad_id, prompt_ids
 from siesta.data.schema import Example
+from siesta.rewards.hacking import FLAGS
 from siesta.rl.generation import complete, mode_policy
 from siesta.rl.judge import Judge
-from siesta.rl.modes import Mode
 from siesta.rl.policies import Measurement
 
 
@@ -38,21 +38,14 @@ def measure(
     settings = {"batch_size": batch_size, "pad_id": pad_id(tokenizer)}
     log_policy, mass = mode_policy(model, prompts, modes, temperature=temperature, device=model.device, **settings)
 
-    def judged(mode: Mode, repeats: int, heat: float | None) -> dict[str, np.ndarray]:
+    def answered(repeats: int, heat: float | None) -> list[dict[str, np.ndarray]]:
         rows = [prompt for prompt in prompts for _ in range(repeats)]
-        items = [example for example in examples for _ in range(repeats)]
-        responses = complete(model, rows, mode, temperature=heat, eos_id=end_id(tokenizer), **settings)
-        scores = judge.score(mode, responses, [x.verifier for x in items], [x.answer for x in items])
-        tokens = [len(response) for response in responses]
-        rewards = [
-            np.nan if score is None else judge.reward(mode, score, n) for score, n in zip(scores, tokens, strict=True)
+        written = [
+            complete(model, rows, mode, temperature=heat, eos_id=end_id(tokenizer), **settings) for mode in modes
         ]
-        cut = [response[-1] != end_id(tokenizer) for response in responses]
-        columns = {"scores": scores, "tokens": tokens, "rewards": rewards, "truncated": cut}
-        return {name: np.array(column, dtype=float).reshape(-1, repeats) for name, column in columns.items()}
+        return judged(judge, written, examples, repeats)
 
-    greedy = [judged(mode, 1, None) for mode in modes]
-    sampled = [judged(mode, samples, temperature) for mode in modes]
+    greedy, sampled = answered(1, None), answered(samples, temperature)
 
     def means(outcomes: list[dict[str, np.ndarray]], name: str) -> np.ndarray:
         return np.stack([np.nanmean(outcome[name], axis=1) for outcome in outcomes], axis=1)  # (I, M)
@@ -68,8 +61,40 @@ def measure(
         sampled_tokens=means(sampled, "tokens"),
         sampled_rewards=means(sampled, "rewards"),
         truncated=means(sampled, "truncated"),
+        hacks={
+            name: {flag: float(outcome[flag].mean()) for flag in FLAGS}
+            for name, outcome in zip(modes.names, sampled, strict=True)
+        },
         unscorable=int(sum(np.isnan(outcome["scores"]).sum() for outcome in [*greedy, *sampled])),
     )
+
+
+def judged(
+    judge: Judge, written: Sequence[list[list[int]]], examples: Sequence[Example], repeats: int
+) -> list[dict[str, np.ndarray]]:
+    """What the responses of each mode came to: scores, tokens, rewards, truncated and the flags, (I, repeats) each.
+
+    Args:
+        written: Responses of each mode, `repeats` for each example.
+    """
+    items = [place for place in range(len(examples)) for _ in range(repeats)]
+    own = [mode for mode in judge.modes for _ in items]
+    raised = judge.hacks(own, [ids for responses in written for ids in responses], items * len(written))
+    outcomes = []
+    for column, (mode, responses) in enumerate(zip(judge.modes, written, strict=True)):
+        hacks = raised[column * len(items) : (column + 1) * len(items)]
+        names, answers = [examples[i].verifier for i in items], [examples[i].answer for i in items]
+        scores = judge.score(mode, responses, names, answers)
+        tokens = [len(response) for response in responses]
+        rewards = [
+            np.nan if score is None else judge.reward(mode, score, n, found)
+            for score, n, found in zip(scores, tokens, hacks, strict=True)
+        ]
+        cut = [response[-1] != end_id(judge.tokenizer) for response in responses]
+        columns = {"scores": scores, "tokens": tokens, "rewards": rewards, "truncated": cut}
+        columns |= {flag: [flag in found for found in hacks] for flag in FLAGS}
+        outcomes.append({name: np.array(values, dtype=float).reshape(-1, repeats) for name, values in columns.items()})
+    return outcomes
 
 
 def print_table(

@@ -1,11 +1,11 @@
-"""From completion ids to scores and rewards: the one place where a response is decoded, cut, verified and priced.
+"""From completion ids to rewards: the one place where a response is decoded, cut, verified, flagged and priced.
 
 `Judge` does it for one mode at a time; `RewardFunction` is the form in which TRL calls it during training.
 """
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from siesta.data.errors import DataError
 from siesta.data.prompts import end_id
+from siesta.rewards import hacking
 from siesta.rewards.reward import RewardTable, mode_reward, score_solutions
 from siesta.rewards.score import Verifier
 from siesta.rewards.verifiers import build_verifier, solution_part
@@ -22,14 +23,19 @@ from siesta.rl.modes import Mode, Modes
 
 @dataclass(frozen=True)
 class Judge:
-    """Scores and prices responses; `reasons` counts why verifiers failed."""
+    """Scores, flags and prices responses; `reasons` counts why verifiers failed."""
 
     tokenizer: PreTrainedTokenizerBase
     modes: Modes
     verifiers: dict[str, Verifier]
     price_per_token: float
     verifier_workers: int = 1
+    hack_prices: Mapping[str, float] = field(default_factory=dict)
     reasons: Counter[str] = field(default_factory=Counter)
+
+    def text(self, response: list[int]) -> str:
+        """A response as text."""
+        return str(self.tokenizer.decode(response, skip_special_tokens=True))
 
     def score(
         self, mode: Mode, responses: Sequence[list[int]], names: Sequence[str], answers: Sequence[str]
@@ -41,18 +47,41 @@ class Judge:
             responses: Ids after the control token.
             names, answers: Verifier and reference of each response.
         """
-        solutions = [
-            solution_part(str(self.tokenizer.decode(response, skip_special_tokens=True)), mode.answer_after)
-            for response in responses
-        ]
+        solutions = [solution_part(self.text(response), mode.answer_after) for response in responses]
         scores = score_solutions(self.verifiers, names, solutions, answers, threads=self.verifier_workers)
         self.reasons.update(scores.reasons)
         return scores.values
 
-    def reward(self, mode: Mode, score: float, tokens: int) -> float:
-        """The mode's table less the price of `tokens` response tokens."""
+    def reward(self, mode: Mode, score: float, tokens: int, hacks: Iterable[str] = ()) -> float:
+        """The mode's table less the price of `tokens` response tokens and of the flags in `hacks`."""
         table = RewardTable(correct=mode.correct, wrong=mode.wrong)
-        return mode_reward(score, table, tokens=tokens, price_per_token=self.price_per_token)
+        price = sum(self.hack_prices.get(flag, 0.0) for flag in hacks)
+        return mode_reward(score, table, tokens=tokens, price_per_token=self.price_per_token) - price
+
+    def hacks(
+        self, modes: Sequence[Mode], responses: Sequence[list[int]], questions: Sequence[Hashable]
+    ) -> list[list[str]]:
+        """Flags of `siesta.rewards.hacking` on each response; those that are equal in `questions` are compared.
+
+        Only a mode without a marker answers at once, so only there are long or hedging responses suspicious. A group
+        that is spread over ranks is compared with what this rank has of it.
+        """
+        texts = [self.text(response) for response in responses]
+        solutions: dict[Hashable, list[str]] = defaultdict(list)
+        for mode, text, question in zip(modes, texts, questions, strict=True):
+            if mode.answer_after is not None and (solution := solution_part(text, mode.answer_after)):
+                solutions[question].append(solution)
+        found = []
+        for mode, text, response, question in zip(modes, texts, responses, questions, strict=True):
+            at_once = mode.answer_after is None
+            flags = {
+                "hidden_thinking": at_once and hacking.hidden_thinking(text, solutions[question]),
+                "hedging": at_once and hacking.hedging(text),
+                "nested_control": hacking.nested_control(response, self.modes.token_ids),
+                "empty": hacking.empty(text, mode.answer_after),
+            }
+            found.append([name for name in hacking.FLAGS if flags[name]])
+        return found
 
 
 def build_judge(
@@ -63,6 +92,7 @@ def build_judge(
     price_per_token: float,
     verifier_timeout: float,
     verifier_workers: int = 1,
+    hack_prices: Mapping[str, float] | None = None,
 ) -> Judge:
     """A judge with every verifier that the examples name, each built (and so checked) now.
 
@@ -76,14 +106,14 @@ def build_judge(
         }
     except ValueError as error:
         raise DataError(f"data.verifier: {error}") from error
-    return Judge(tokenizer, modes, verifiers, price_per_token, verifier_workers)
+    return Judge(tokenizer, modes, verifiers, price_per_token, verifier_workers, hack_prices or {})
 
 
 class RewardFunction:
     """The judge as a TRL reward function. `outcomes` keeps what TRL would drop about the batch in hand.
 
     `outcomes` has shape (B, 4): reward, score (both NaN where the verifier failed), response tokens, and 1 where the
-    mode's cap cut the response.
+    mode's cap cut the response. `flags`, (B, F), is 1 where a flag of `siesta.rewards.hacking.FLAGS` was raised.
     """
 
     __name__ = "reward"
@@ -91,7 +121,8 @@ class RewardFunction:
     def __init__(self, judge: Judge):
         self.judge = judge
         self.outcomes = torch.empty(0, 4)
-        self._batch: list[tuple[object, Mode, list[int]]] = []
+        self.flags = torch.empty(0, len(hacking.FLAGS))
+        self._batch: list[tuple[object, Mode, list[int], list[str]]] = []
         self._background = ThreadPoolExecutor(1, thread_name_prefix="verify")
         self._begun: dict[int, tuple[Future[list[float | None]], int]] = {}
 
@@ -129,9 +160,10 @@ class RewardFunction:
             )
             for i, score in zip(rows, judged, strict=True):
                 scores[i] = score
+        hacks = self.judge.hacks(modes, responses, [repr(prompt) for prompt in prompts])
         rewards = [
-            None if score is None else self.judge.reward(mode, score, len(response))
-            for mode, score, response in zip(modes, scores, responses, strict=True)
+            None if score is None else self.judge.reward(mode, score, len(response), found)
+            for mode, score, response, found in zip(modes, scores, responses, hacks, strict=True)
         ]
         end = end_id(self.judge.tokenizer)
         self.outcomes = torch.tensor(
@@ -140,23 +172,26 @@ class RewardFunction:
                 for reward, score, response in zip(rewards, scores, responses, strict=True)
             ]
         )
-        self._batch = list(zip(prompts, modes, responses, strict=True))
+        self.flags = torch.tensor([[float(flag in found) for flag in hacking.FLAGS] for found in hacks])
+        self._batch = list(zip(prompts, modes, responses, hacks, strict=True))
         if log_extra is not None:
             log_extra("mode", [mode.name for mode in modes])
             log_extra("score", scores)
+            log_extra("hacks", [" ".join(found) for found in hacks])
         return rewards
 
     def samples(self, count: int) -> list[dict]:
-        """Rollouts of the last batch to look at, spread evenly over it: prompt, mode, response, score, reward."""
+        """Rollouts of the last batch to look at, spread evenly over it, with score, reward and flags."""
         rows = []
         last = len(self._batch) - 1
         for i in sorted({place * last // max(1, count - 1) for place in range(count)}) if self._batch else []:
-            prompt, mode, response = self._batch[i]
+            prompt, mode, response, hacks = self._batch[i]
             reward, score, tokens, _ = self.outcomes[i].tolist()
             text = self.judge.tokenizer.decode(response)
             # None, not NaN: the row goes to JSON as it is.
             judged = {"score": None, "reward": None} if math.isnan(reward) else {"score": score, "reward": reward}
-            rows.append({"prompt": prompt, "mode": mode.name, "response": text, "tokens": int(tokens), **judged})
+            row = {"prompt": prompt, "mode": mode.name, "response": text, "tokens": int(tokens), **judged}
+            rows.append(row | {"hacks": hacks})
         return rows
 
 

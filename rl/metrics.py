@@ -6,6 +6,7 @@ that something was computed and is not a number.
 
 import torch
 
+from siesta.rewards.hacking import FLAGS
 from siesta.rl.advantages import Credit, Rollouts
 
 
@@ -42,6 +43,21 @@ def rollout_metrics(names: list[str], rollouts: Rollouts, credit: Credit) -> dic
             result[f"mode/{name}/tokens"] = lengths[members].mean().item()
             result[f"mode/{name}/truncated"] = truncated[members].mean().item()
     return result
+
+
+def hack_metrics(names: list[str], modes: torch.Tensor, flags: torch.Tensor) -> dict[str, float]:
+    """Share of each mode's rollouts with a flag: `hack/<flag>/<mode>`.
+
+    Args:
+        modes: Shape (B,).
+        flags: Shape (B, F), 1 where a flag of `siesta.rewards.hacking.FLAGS` was raised.
+    """
+    return {
+        f"hack/{flag}/{name}": flags[modes == column, place].mean().item()
+        for column, name in enumerate(names)
+        for place, flag in enumerate(FLAGS)
+        if (modes == column).any()
+    }
 
 
 def entropy(probs: torch.Tensor) -> torch.Tensor:

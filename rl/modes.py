@@ -49,8 +49,8 @@ class Modes(Sequence[Mode]):
     def __init__(self, modes: Sequence[Mode]):
         self._modes = list(modes)
         self.token_ids = [mode.token_id for mode in self._modes]
-        if len(self._modes) < 2 or len(set(self.token_ids)) != len(self._modes):
-            raise ModelError("modes: at least two modes with different control tokens are needed")
+        if not self._modes or len(set(self.token_ids)) != len(self._modes):
+            raise ModelError("modes: at least one mode is needed, and no two with the same control token")
 
     def __getitem__(self, index):
         return self._modes[index]

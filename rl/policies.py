@@ -6,7 +6,7 @@ differences between policies, not between samples. Pure numpy; I items, M modes.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 
@@ -26,6 +26,7 @@ class Measurement:
         sampled_scores, sampled_tokens, sampled_rewards: Means over K samples, (I, M). The rewards are Q(x, m).
         truncated: Share of samples that hit the mode's cap, (I, M).
         unscorable: Rollouts whose verifier failed; they are left out of the means.
+        hacks: Mode -> flag of `siesta.rewards.hacking` -> share of the mode's samples that raise it.
     """
 
     modes: list[str]
@@ -39,6 +40,7 @@ class Measurement:
     sampled_rewards: np.ndarray
     truncated: np.ndarray
     unscorable: int = 0
+    hacks: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def one_hot(columns: np.ndarray, num_modes: int) -> np.ndarray:
@@ -122,6 +124,14 @@ def scorable_items(measured: Measurement) -> Measurement:
     return replace(measured, **{k: v[usable] for k, v in arrays.items() if isinstance(v, np.ndarray)})
 
 
+def hack_line(hacks: dict[str, dict[str, float]]) -> str:
+    """One line on the flags that were raised, or that none was."""
+    raised = [
+        f"{flag} {100 * share:.1f} % of {mode}" for mode, own in hacks.items() for flag, share in own.items() if share
+    ]
+    return f"Suspicious responses: {', '.join(raised) or 'none'}."
+
+
 def table(measured: Measurement, *, resamples: int, seed: int) -> dict:
     """Every policy, decoded greedily and sampled. `dropped_items` had no scorable rollout in some mode.
 
@@ -136,6 +146,7 @@ def table(measured: Measurement, *, resamples: int, seed: int) -> dict:
     result["mode_mass"] = float(measured.mass.mean())
     result["truncated"] = dict(zip(measured.modes, measured.truncated.mean(0).tolist(), strict=True))
     result["unscorable"] = measured.unscorable
+    result["hacks"] = measured.hacks
     for decoding in ("greedy", "sampled"):
         greedy = decoding == "greedy"
         result[decoding] = {

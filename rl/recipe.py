@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_type_hints
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 from trl import SFTConfig
 
 from siesta.data.errors import RecipeError
@@ -211,6 +211,12 @@ class Recipe(Section):
     export: ExportSection = ExportSection()
     tracking: TrackingSection = TrackingSection()
 
+    @field_validator("modes", mode="before")
+    @classmethod
+    def without_dropped(cls, modes: Any) -> Any:
+        """`short: null` drops a mode of the base."""
+        return {name: mode for name, mode in modes.items() if mode is not None} if isinstance(modes, dict) else modes
+
     @property
     def run_dir(self) -> Path:
         return self.tracking.output_dir / str(self.tracking.run)
@@ -317,9 +323,9 @@ def check_trainer_section(name: str, section: Any, config: type) -> Any:
 
 
 def check_modes(file: Path, recipe: Recipe) -> None:
-    """At least two modes, each with its own token; other sections name only these."""
-    if len(recipe.modes) < 2:
-        raise RecipeError(f"{file}: modes: at least two modes are needed, found {len(recipe.modes)}")
+    """At least one mode, each with its own token; other sections name only these."""
+    if not recipe.modes:
+        raise RecipeError(f"{file}: modes: at least one mode is needed")
     tokens = [mode.token for mode in recipe.modes.values()]
     if len(set(tokens)) < len(tokens):
         raise RecipeError(f"{file}: modes: two modes share a control token")

@@ -7,6 +7,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from siesta.rl.export import markdown_table
+from siesta.rl.policies import hack_line
 
 
 def read_metrics(run: Path, stage: str) -> list[dict]:
@@ -55,6 +56,7 @@ def write_report(run: Path) -> None:
     parts = [f"# {run.name}"]
     for name, result in results.items():
         parts += [f"## {name.capitalize()} RL", f"Mass on control tokens {result['mode_mass']:.3f}."]
+        parts.append(hack_line(result["hacks"]))
         parts += [markdown_table(result, decoding) for decoding in ("greedy", "sampled")]
     rows = read_metrics(run, "rl")
     if rows:

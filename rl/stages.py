@@ -13,7 +13,7 @@ from trl.models.utils import unwrap_model_for_generation
 from siesta.data.errors import RecipeError
 from siesta.data.prompts import messages
 from siesta.rl import policies
-from siesta.rl.callbacks import CollapseGuard, MetricsFile, SampleFile, ScreenLine, Validation
+from siesta.rl.callbacks import CollapseGuard, HackAlarm, MetricsFile, SampleFile, ScreenLine, Validation
 from siesta.rl.config import DeGRPOConfig
 from siesta.rl.context import Context, main_process
 from siesta.rl.evaluate import print_table
@@ -194,7 +194,7 @@ def rl_stage(context: Context) -> None:
         args=rl_config(context),
         train_dataset=rl_dataset(context),
         peft_config=lora_config(recipe.model.lora, train_embeddings=not recipe.warmup.enabled),
-        callbacks=[guard],
+        callbacks=[guard, HackAlarm(recipe.rl.setting("hack_alarm"), context.judge.hack_prices)],
     )
     context.say(trainer.passes.line)
     if trainer.method.profile:
@@ -272,6 +272,7 @@ def show_evaluation(context: Context) -> None:
         if len(results) > 1:
             print_table(results["before"], f"{context.recipe.tracking.run}: before RL", only=["free"])
         print_table(results[last], f"{context.recipe.tracking.run}: {last} RL")
+        context.say(policies.hack_line(results[last]["hacks"]))
 
 
 def export_stage(context: Context) -> None:

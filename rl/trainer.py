@@ -25,7 +25,7 @@ from siesta.rl.engines import caps_per_mode, check_logp_gap
 from siesta.rl.generation import inference, mode_policy, replaced, respond, sampling_config
 from siesta.rl.judge import Judge, RewardFunction
 from siesta.rl.loss import kl_loss, mass_loss, mode_target_loss, policy_loss, token_ratio
-from siesta.rl.metrics import rollout_metrics
+from siesta.rl.metrics import hack_metrics, rollout_metrics
 from siesta.rl.modes import Modes
 from siesta.rl.passes import Passes
 from siesta.rl.rollout import ModePlan, annealed_floor, draw_modes
@@ -168,7 +168,9 @@ class DeGRPOTrainer(GRPOTrainer):
         given = assign_credit(rollouts, self.method, prior=[mode.prior for mode in self.modes], tau=self._tau())
         first = self.accelerator.process_index * len(inputs)
         self._add_weights(batch, rollouts, given, slice(first, first + len(inputs)))
-        for name, value in rollout_metrics(self.modes.names, rollouts, given).items():
+        numbers = rollout_metrics(self.modes.names, rollouts, given)
+        numbers |= hack_metrics(self.modes.names, rollouts.modes, self._gathered(self.reward_function.flags))
+        for name, value in numbers.items():
             self._current_metrics[name].append(value)
         return batch
 
@@ -188,9 +190,8 @@ class DeGRPOTrainer(GRPOTrainer):
         steps = cast(int, self.method.steps_per_generation) / self.args.gradient_accumulation_steps
         num_rollouts = rollouts.scorable.sum().item() / steps
         scorable = rollouts.scorable[own].to(mask.device)
-        control = (
-            torch.zeros(len(scorable)) if given.targets is not None else self.method.alpha * rollouts.importance[own]
-        )
+        alpha = self.method.alpha if self.method.decoupled else 1.0
+        control = torch.zeros(len(scorable)) if given.targets is not None else alpha * rollouts.importance[own]
         advantages = given.response_advantages[own, None].repeat(1, mask.shape[1])
         advantages[:, 0] = given.mode_advantages[own]
         batch["advantages"] = advantages.to(mask.device)

@@ -6,6 +6,7 @@ Rows are prompt ids (data/prompts.py), a control token, a written response; only
 the accuracies named in `warmup.stop` are reached, and a gate checks that RL can start at all.
 """
 
+import json
 from collections.abc import Iterable, Sequence
 from random import Random
 
@@ -111,13 +112,19 @@ def written_response(example: Example, mode: Mode) -> str:
             f"{example.id}: no response for mode {mode.name!r} to warm up on; map one with "
             f"data.columns.responses.{mode.name}, or worked solutions with data.columns.solution"
         )
-    answer = f"\\boxed{{{example.answer}}}" if example.verifier == "math" else example.answer
-    return worked(example.meta["solution"], answer, mode)
+    return worked(example.meta["solution"], shown_answer(example), mode)
 
 
 def worked(work: str, answer: str, mode: Mode) -> str:
     """Work and answer as a response of `mode`: with its marker between them, or without the work if it has none."""
     return answer if mode.answer_after is None else f"{work}\n{mode.answer_after}\n{answer}"
+
+
+def shown_answer(example: Example) -> str:
+    """The reference as a response writes it: boxed for `math`, and out of its entry for `reasoning_gym`."""
+    if example.verifier == "math":
+        return f"\\boxed{{{example.answer}}}"
+    return str(json.loads(example.answer)["answer"]) if example.verifier == "reasoning_gym" else example.answer
 
 
 def accuracy(measured: Measurement, key: str) -> float:

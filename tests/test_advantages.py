@@ -23,6 +23,7 @@ from siesta.rl.advantages import (
     mode_targets,
     mode_values,
     per_mode_advantages,
+    reference_advantages,
     shrink_values,
     token_weights,
 )
@@ -78,7 +79,7 @@ def test_scaled_group_advantages_divide_by_the_sample_deviation() -> None:
     rng = np.random.default_rng(0)
     rewards = rng.normal(size=(5, 8))
     rewards[0, 3] = rewards[1, :4] = NAN
-    found = group_advantages(torch.tensor(rewards), scale=True).numpy()
+    found = group_advantages(torch.tensor(rewards), scale="group").numpy()
     for row, group in zip(found, rewards, strict=True):
         real = ~np.isnan(group)
         expected = (group[real] - group[real].mean()) / (group[real].std(ddof=1) + 1e-4)
@@ -88,7 +89,30 @@ def test_scaled_group_advantages_divide_by_the_sample_deviation() -> None:
 
 @pytest.mark.parametrize("group", [[1.0] * 4, [NAN, NAN, NAN, 7.0], [NAN] * 4])
 def test_scaling_a_group_without_spread_gives_zero(group: list) -> None:
-    assert (group_advantages(tensor([group]), scale=True) == 0).all()
+    assert (group_advantages(tensor([group]), scale="group") == 0).all()
+
+
+def test_batch_scaled_advantages_divide_by_one_deviation_for_all_groups() -> None:
+    # Differences 0.5 and -0.5 four times, 0.75 and -0.25 three times: squares 1 + 0.75, seven degrees of freedom.
+    rewards = tensor([[1, 0, 0, 1], [1, 0, 0, 0], [NAN] * 4])
+    expected = tensor([[0.5, -0.5, -0.5, 0.5], [0.75, -0.25, -0.25, -0.25], [0] * 4]) / (math.sqrt(1.75 / 7) + 1e-4)
+    assert_same(group_advantages(rewards, scale="batch"), expected)
+    # Negative control: group by group, the lone success would count for more.
+    by_group = group_advantages(rewards, scale="group")
+    assert by_group[1, 0] / by_group[0, 0] > 1.6
+    assert expected[1, 0] / expected[0, 0] == pytest.approx(1.5)
+
+
+def test_reference_advantages_by_hand() -> None:
+    # Thinking is right half the time: 0.5 is the bar. Answering at once pays a bonus of 0.05 on top of 1 or 0.
+    rewards = tensor([[1.05, 0.05, 1, 0], [NAN, 1.05, NAN, 0.0], [1.05, 0.05, NAN, NAN]])
+    modes = torch.tensor([[0, 0, 1, 1]] * 3)
+    values, _ = mode_values(rewards, modes, 2)
+    expected = tensor([[0.55, -0.45, 0.5, -0.5], [0, 1.05, 0, 0], [0] * 4])  # no bar in the last group, no credit
+    assert_same(reference_advantages(rewards, values), expected)
+    # Negative control: where thinking is always right, a right short answer is worth the bonus and no more.
+    always = tensor([[1.05, 0.05, 1, 1]])
+    assert_same(reference_advantages(always, mode_values(always, modes[:1], 2)[0]), tensor([[0.05, -0.95, 0, 0]]))
 
 
 def test_per_mode_advantages_by_hand() -> None:
@@ -217,9 +241,12 @@ def test_token_weights_sums() -> None:
 
 
 def test_plain_weights_treat_every_token_alike() -> None:
-    weights = token_weights(MASK, SCORABLE, 3, control=tensor([99.0] * 4), decoupled=False)
+    weights = token_weights(MASK, SCORABLE, 3, control=tensor([1.0] * 4), decoupled=False)
     expected = [[1 / 12] * 4, [1 / 6, 1 / 6, 0, 0], [1 / 3, 0, 0, 0], [0] * 4]
     assert_same(weights, tensor(expected))
+    forced = token_weights(MASK, SCORABLE, 3, control=tensor([0.5, 2, 1, 9]), decoupled=False)
+    assert_same(forced[:, 0], tensor([1 / 24, 1 / 3, 1 / 3, 0]))
+    assert_same(forced[:, 1:], weights[:, 1:])
     assert_same(kl_weights(MASK, SCORABLE, 3).double(), tensor(expected), atol=1e-7)
 
 
@@ -274,6 +301,7 @@ GROUP = [0.5, -0.5, 0, 0, -0.5, 0, 1.0, -0.5, 1, -1, 0, 0]
 # Q: (0.5, 0.5), V 0.5; (-1, -0.25), V -0.85; (0, unknown).
 PER_MODE = [0, 0, 0, 0, -0.15, None, 0.6, 0.6, 0, 0, None, None]  # None: unscorable, its weight is 0
 RESPONSE = [0.5, -0.5, 0, 0, 0, 0, 0.75, -0.75, 1, -1, 0, 0]
+REFERENCE = [0.5, -0.5, 0, 0, -0.75, 0, 0.75, -0.75, 0, 0, 0, 0]
 
 
 def assert_advantages(given: Credit, mode: list, response: list) -> None:
@@ -285,7 +313,8 @@ def assert_advantages(given: Credit, mode: list, response: list) -> None:
 
 @pytest.mark.parametrize("objective", ["policy_gradient", "target"])
 @pytest.mark.parametrize(
-    ("advantage", "mode", "response"), [("group", GROUP, GROUP), ("per_mode", PER_MODE, RESPONSE)]
+    ("advantage", "mode", "response"),
+    [("group", GROUP, GROUP), ("per_mode", PER_MODE, RESPONSE), ("reference", REFERENCE, REFERENCE)],
 )
 def test_credit_of_each_combination(
     rollouts: Rollouts, tmp_path: Path, objective: str, advantage: str, mode: list, response: list
@@ -308,7 +337,7 @@ def test_credit_of_each_combination(
 def test_credit_scaled_by_the_group(rollouts: Rollouts, tmp_path: Path, objective: str) -> None:
     settings = method(tmp_path, advantage="group", scale_rewards="group", mode_objective=objective)
     given = assign_credit(rollouts, settings, prior=[1.0, 1.0], tau=0.3)
-    expected = group_advantages(rollouts.rewards.view(3, 4), scale=True).flatten()
+    expected = group_advantages(rollouts.rewards.view(3, 4), scale="group").flatten()
     assert_advantages(given, expected.tolist(), expected.tolist())
     assert given.mode_advantages[0].item() == pytest.approx(0.5 / (np.std([1, 0, 0.5, 0.5], ddof=1) + 1e-4))
 

@@ -70,7 +70,8 @@ def test_metrics_file_is_json_and_names_every_stage(run):
         assert f"mode/think/{name}" in last
     assert any("validation/regret" in row for row in rows)
     sample = json.loads((run / "samples.jsonl").read_text().splitlines()[0])
-    assert set(sample) == {"step", "prompt", "mode", "response", "tokens", "score", "reward"}
+    assert set(sample) == {"step", "prompt", "mode", "response", "tokens", "score", "reward", "hacks"}
+    assert {"hack/hidden_thinking/short", "hack/nested_control/think"} <= set(last)
 
 
 def test_export_gives_identical_logits_and_a_prompt_that_ends_at_the_control_token(run):

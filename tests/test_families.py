@@ -144,6 +144,7 @@ def test_pregenerated_files_hold_the_same_items(tmp_path: Path, exact: bool, cap
         found = to_examples(read_rows(path), path, {}, "exact")
         made = list(FamilySource(["chain_sum", "gcd"], split, size, level_weights={1: 1.0, 2: 1.0}))
         assert [(x.id, x.query, x.level) for x in found] == [(x.id, x.query, x.level) for x in made]
+        assert [x.meta.get("solution") for x in found] == [x.meta.get("solution") for x in made]
         expected = [json.loads(x.answer)["answer"] for x in made] if exact else [x.answer for x in made]
         assert [x.answer for x in found] == expected
         assert {x.verifier for x in found} == {"exact" if exact else "reasoning_gym"}

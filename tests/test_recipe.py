@@ -209,11 +209,26 @@ def test_modes_must_fit_together(load: Callable, override: str, message: str) ->
         load(override)
 
 
-def test_one_mode_is_no_choice(load: Callable) -> None:
-    with pytest.raises(RecipeError, match="modes: at least two modes are needed, found 1"):
-        load(text='modes: {short: {token: "<short>", max_tokens: 2}}\ndata: {task: calc}\n')
-    with pytest.raises(RecipeError, match="found 0"):
-        load(text="modes: {}\ndata: {task: calc}\n")
+ONE_MODE = ["modes.short=null", "rl.mode_objective=policy_gradient", "rl.mode_sampling=free", "rl.advantage=group"]
+
+
+def test_a_mode_of_the_base_can_be_dropped_but_not_the_last(load: Callable) -> None:
+    recipe = load(*ONE_MODE)
+    assert list(recipe.modes) == ["think"]
+    assert method(recipe).mode_sampling == "free"
+    with pytest.raises(RecipeError, match="modes: at least one mode is needed"):
+        load("modes.short=null", "modes.think=null")
+    with pytest.raises(RecipeError, match=r"warmup\.stop\.short@1: unknown key"):
+        load("modes.short=null", "warmup.stop={short@1: 0.5}")
+
+
+@pytest.mark.parametrize("setting", ONE_MODE[1:])
+def test_settings_that_choose_between_modes_need_two(load: Callable, setting: str) -> None:
+    name, value = setting.split("=")
+    with pytest.raises(RecipeError) as caught:
+        method(load(*(s for s in ONE_MODE if s != setting)))
+    assert str(caught.value).startswith(f"{name}: ")
+    assert str(caught.value).endswith(f"needs two modes and the recipe has one; set {name[3:]}: {value}")
 
 
 def test_more_modes_can_be_declared(load: Callable) -> None:
@@ -317,7 +332,9 @@ HALF_GROUPS = ["rl.per_device_train_batch_size=4", "rl.num_generations=8", "rl.s
         (["rl.mode_objective=tarrget"], "mode_objective"),
         (["rl.mode_sampling=forced"], "mode_sampling"),
         (["rl.advantage=both"], "advantage"),
-        (["rl.scale_rewards=batch"], "scale_rewards"),
+        (["rl.scale_rewards=batches"], "scale_rewards"),
+        (["rl.scale_rewards=batch"], "scale_rewards"),  # per_mode advantages are not scaled
+        ([POLICY, "rl.mode_sampling=free", "rl.advantage=reference"], "mode_sampling"),
         (["rl.vllm_importance_sampling_mode=sequence_truncate"], "vllm_importance_sampling_mode"),
         (["rl.mode_sampling=free"], "mode_sampling"),
         (["rl.decoupled=false"], "decoupled"),
@@ -355,6 +372,8 @@ def test_contradictory_settings_are_refused(load: Callable, overrides: list[str]
     [
         [POLICY, "rl.mode_sampling=free", "rl.advantage=group", "rl.alpha=0.001", "rl.beta=0.001"],
         [POLICY, "rl.mode_sampling=free", "rl.advantage=group", "rl.decoupled=false", "rl.scale_rewards=group"],
+        [POLICY, "rl.mode_sampling=free", "rl.advantage=group", "rl.scale_rewards=batch"],
+        [POLICY, "rl.mode_sampling=stratified", "rl.advantage=reference", "rl.decoupled=false"],
         [POLICY, "rl.mode_sampling=floor", "rl.mode_floor=2", "rl.mode_floor_steps=100"],
         ["rl.mode_sampling=floor", "rl.mode_floor=4"],
         ["rl.num_generations=2", "rl.tau_start=1.0"],
