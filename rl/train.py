@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import datasets
 import torch
 from accelerate import PartialState
+from huggingface_hub.utils import logging as hub_logging
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
@@ -22,8 +23,10 @@ from siesta.data.loading import skipped_rows
 from siesta.rl.config import check_method
 from siesta.rl.context import Context
 from siesta.rl.machine import check_machine, memory_estimate
-from siesta.rl.models import lora_config
+from siesta.rl.memory import zero_stage
+from siesta.rl.models import lora_config, model_config
 from siesta.rl.modes import check_prompts
+from siesta.rl.precision import lost_updates
 from siesta.rl.recipe import Recipe, dump_recipe, load_recipe
 from siesta.rl.run import Run
 from siesta.rl.stages import STAGES, GuardStop, rl_config, show_evaluation, warmup_config
@@ -36,6 +39,7 @@ def preflight(recipe: Recipe, context: Context) -> None:
         UserError: One line.
     """
     check_method(rl_config(context), len(recipe.modes))
+    check_model(recipe, context)
     for line in skipped_rows(recipe.data):
         context.say(line)
     examples = context.train_examples + context.examples("test", recipe.evaluate.items)
@@ -45,9 +49,24 @@ def preflight(recipe: Recipe, context: Context) -> None:
     check_prompts(context.tokenizer, context.modes, dict(zip(names, prompts, strict=True)))
     longest = max(map(len, prompts)) + 1 + max(mode.max_tokens for mode in context.modes)
     check_machine(rl_config(context), getattr(torch, recipe.model.dtype), longest)
-    warmup_config(context)
-    lora_config(recipe.model.lora, train_embeddings=True)
     context.judge.verifiers  # noqa: B018  builds every verifier that the examples name
+
+
+def check_model(recipe: Recipe, context: Context) -> None:
+    """Find what is wrong with the model section, and say what its dtype does to the training.
+
+    Raises:
+        UserError: One line.
+    """
+    model_config(recipe, context.tokenizer)
+    lora_config(recipe.model.lora, train_embeddings=True)
+    # DeepSpeed keeps float32 master weights whatever the model's dtype, and peft a float32 adapter.
+    plain = zero_stage() == 0 and recipe.model.lora is None
+    stages = (("warmup", recipe.warmup, warmup_config(context)), ("rl", recipe.rl, rl_config(context)))
+    for name, section, args in stages:
+        line = lost_updates(args, getattr(torch, recipe.model.dtype))
+        if plain and section.enabled and line is not None:
+            context.say(f"{name}: {line}")
 
 
 def run_recipe(recipe: Recipe) -> None:
@@ -84,11 +103,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
     datasets.disable_progress_bars()
     try:
         recipe = load_recipe(options.recipe, options.overrides)
         if options.dry_run:
-            context = Context(Run(recipe), print)
+            context = Context(Run(recipe), lambda line: print(f"# {line}"))
             preflight(recipe, context)
             print(f"# {memory_estimate(recipe, rl_config(context)).line()}")
             print(dump_recipe(recipe), end="")
