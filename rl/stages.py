@@ -22,6 +22,7 @@ from siesta.rl.models import lora_config, make_model, save_model
 from siesta.rl.modes import check_stage_ids
 from siesta.rl.origin import read_origin
 from siesta.rl.precision import default_device, mixed_by_default
+from siesta.rl.quantize import quantization_config
 from siesta.rl.report import write_report
 from siesta.rl.run import write_atomically
 from siesta.rl.timing import Profile
@@ -129,6 +130,7 @@ def warmup_trainer(context: Context, validation) -> SFTTrainer:
         args=config,
         train_dataset=rows,
         processing_class=context.tokenizer,
+        quantization_config=quantization_config(recipe.model),
         peft_config=lora_config(recipe.model.lora, train_embeddings=True),
     )
     trainer.add_callback(
@@ -202,6 +204,7 @@ def rl_stage(context: Context) -> None:
         judge=context.judge,
         args=rl_config(context),
         train_dataset=rl_dataset(context),
+        quantization_config=quantization_config(recipe.model),
         peft_config=lora_config(recipe.model.lora, train_embeddings=not recipe.warmup.enabled),
         callbacks=[guard],
     )

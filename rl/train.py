@@ -27,6 +27,7 @@ from siesta.rl.memory import zero_stage
 from siesta.rl.models import lora_config, model_config
 from siesta.rl.modes import check_prompts
 from siesta.rl.precision import lost_updates
+from siesta.rl.quantize import quantization_config
 from siesta.rl.recipe import Recipe, dump_recipe, load_recipe
 from siesta.rl.run import Run
 from siesta.rl.stages import STAGES, GuardStop, rl_config, show_evaluation, warmup_config
@@ -59,9 +60,10 @@ def check_model(recipe: Recipe, context: Context) -> None:
         UserError: One line.
     """
     model_config(recipe, context.tokenizer)
+    quantization_config(recipe.model)
     lora_config(recipe.model.lora, train_embeddings=True)
-    # DeepSpeed keeps float32 master weights whatever the model's dtype, and peft a float32 adapter.
-    plain = zero_stage() == 0 and recipe.model.lora is None
+    # DeepSpeed keeps float32 master weights whatever the model's dtype, and peft a float32 adapter, save for QLoRA.
+    plain = zero_stage() == 0 and (recipe.model.lora is None or recipe.model.quantization is not None)
     stages = (("warmup", recipe.warmup, warmup_config(context)), ("rl", recipe.rl, rl_config(context)))
     for name, section, args in stages:
         line = lost_updates(args, getattr(torch, recipe.model.dtype))

@@ -120,6 +120,7 @@ def test_negative_control_the_recipes_themselves_are_sound(recipe: str, capsys: 
         ("model.path=weights/none.gguf", ("model.path", "weights/none.gguf", "no such file")),
         ("model.path=empty", ("model.path: empty", "config.json is missing")),
         ("model.lora={rank: 8}", ("model.lora",)),
+        ("model.quantization={load_in_4bit: true}", ("model.quantization", "set model.lora")),
         ("model.chat_template=none.jinja", ("model.chat_template", "none.jinja")),
         ("tracking.report_to=[wandbb]", ("tracking.report_to", "'wandbb'")),
     ],
