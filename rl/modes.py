@@ -151,7 +151,7 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str])
     A tokenizer without a padding token pads with its end-of-sequence token.
 
     Raises:
-        ModelError: There is no chat template, or no end-of-sequence token.
+        ModelError: There is no chat template, or it cannot be cut, or there is no end-of-sequence token.
     """
     if not isinstance(tokenizer.chat_template, str):
         raise ModelError("model: the tokenizer has no single chat template; point model.chat_template at a Jinja file")
@@ -160,8 +160,40 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str])
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     added = add_control_tokens(tokenizer, tokens)
-    tokenizer.chat_template = cut_generation_prompt(tokenizer.chat_template, tokens)
+    cut = cut_generation_prompt(tokenizer.chat_template, tokens)
+    written = generation_prompt(tokenizer)
+    tokenizer.chat_template = cut
+    check_cut(written, generation_prompt(tokenizer), tokens)
     return added
+
+
+def generation_prompt(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the chat template writes behind a user's turn to open the answer."""
+    turn = [{"role": "user", "content": "?"}]
+    try:
+        closed, opened = (
+            cast(str, tokenizer.apply_chat_template(turn, add_generation_prompt=opened, tokenize=False))
+            for opened in (False, True)
+        )
+    except (jinja2.TemplateError, TypeError) as error:  # TypeError: the template expects another shape of messages
+        raise ModelError(f"model: the chat template fails on one user turn: {' '.join(str(error).split())}") from error
+    return opened.removeprefix(closed)
+
+
+def check_cut(written: str, cut: str, tokens: Sequence[str]) -> None:
+    """Prove that a cut generation prompt is the original one up to its first control token, no more and no less.
+
+    Raises:
+        ModelError: Something of the opened or skipped thought is left, or part of the turn's header is gone.
+    """
+    found = [token for token in tokens if token in cut]
+    wanted = re.split("|".join(re.escape(token) for token in tokens), written, maxsplit=1)[0]
+    if found or cut != wanted:
+        fault = f"it already holds the control token {found[0]!r}" if found else f"{cut!r} is left of {written!r}"
+        raise ModelError(
+            f"model: the chat template cannot be cut to a generation prompt that ends where the control token goes: "
+            f"{fault}; point model.chat_template at a Jinja file whose generation prompt ends there"
+        )
 
 
 def check_prompts(tokenizer: PreTrainedTokenizerBase, modes: Modes, prompts: Mapping[str, list[int]]) -> None:
@@ -175,7 +207,10 @@ def check_prompts(tokenizer: PreTrainedTokenizerBase, modes: Modes, prompts: Map
     """
     for mode in modes:
         if tokenizer.encode(mode.token, add_special_tokens=False) != [mode.token_id]:
-            raise ModelError(f"modes.{mode.name}: {mode.token!r} does not encode to the single id {mode.token_id}")
+            raise ModelError(
+                f"modes.{mode.name}: {mode.token!r} does not encode to the single id {mode.token_id} but to "
+                f"{tokenizer.tokenize(mode.token)}; choose a control token that is not in the vocabulary yet"
+            )
     for name, ids in prompts.items():
         found = [mode.token for mode in modes if mode.token_id in ids]
         if found:

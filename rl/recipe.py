@@ -65,6 +65,7 @@ class ModelSection(Section):
     chat_template: Path | None = None
     trust_remote_code: bool = False
     lora: dict[str, Any] | None = None
+    quantization: dict[str, Any] | None = None
 
 
 class ModeSection(Section):

@@ -18,8 +18,11 @@ from siesta.rl.config import DeGRPOConfig
 from siesta.rl.context import Context, main_process
 from siesta.rl.evaluate import print_table
 from siesta.rl.export import export_checkpoint
-from siesta.rl.models import default_device, load_model, lora_config, make_model, save_model
+from siesta.rl.models import lora_config, make_model, save_model
 from siesta.rl.modes import check_stage_ids
+from siesta.rl.origin import read_origin
+from siesta.rl.precision import default_device, mixed_by_default
+from siesta.rl.quantize import quantization_config
 from siesta.rl.report import write_report
 from siesta.rl.run import write_atomically
 from siesta.rl.timing import Profile
@@ -42,11 +45,17 @@ def trainer_settings(context: Context, stage: str, fields: dict) -> dict:
         "seed": context.recipe.seed,
         "report_to": start_trackers(context.recipe.tracking, context.path),
         "disable_tqdm": True,
-        "bf16": default_device() == "cuda",
+        "bf16": mixed_by_default(),
         "dataloader_pin_memory": default_device() == "cuda",
         "logging_nan_inf_filter": False,
     }
     return settings | fields
+
+
+def model_arguments(context: Context) -> dict:
+    """How both trainers load the model of the stage before."""
+    section = context.recipe.model
+    return {"dtype": section.dtype, "trust_remote_code": section.trust_remote_code}
 
 
 def rl_config(context: Context) -> DeGRPOConfig:
@@ -60,7 +69,7 @@ def rl_config(context: Context) -> DeGRPOConfig:
         config = DeGRPOConfig(**fields)
     except ValueError as error:
         raise RecipeError(f"rl: {error}") from error
-    config.model_init_kwargs = {"dtype": context.recipe.model.dtype}
+    config.model_init_kwargs = model_arguments(context)
     return config
 
 
@@ -68,6 +77,8 @@ def model_stage(context: Context) -> None:
     """Build or fetch the model and give it the control tokens."""
     if main_process():
         make_model(context.recipe, context.path / "model")
+        if origin := read_origin(context.path / "model"):
+            context.say(f"model: {origin}, in {context.recipe.model.dtype}")
 
 
 def warmup_stage(context: Context) -> None:
@@ -80,7 +91,7 @@ def warmup_stage(context: Context) -> None:
         train(context, trainer, "warmup")
         save_trained(context, trainer, "warmup")
     if main_process():
-        model = load_model(context.start, device=default_device())
+        model = context.load(context.start)
         measured = context.measure(model, validation, samples=1)
         shares = ", ".join(
             f"P({name}) {share:.2f}" for name, share in zip(measured.modes, measured.mode_probs.mean(0), strict=True)
@@ -98,7 +109,7 @@ def warmup_config(context: Context) -> SFTConfig:
         config = SFTConfig(**trainer_settings(context, "warmup", fields))
     except ValueError as error:
         raise RecipeError(f"warmup: {error}") from error
-    config.model_init_kwargs = {"dtype": context.recipe.model.dtype}
+    config.model_init_kwargs = model_arguments(context)
     return config
 
 
@@ -120,6 +131,7 @@ def warmup_trainer(context: Context, validation) -> SFTTrainer:
         args=config,
         train_dataset=rows,
         processing_class=context.tokenizer,
+        quantization_config=quantization_config(recipe.model),
         peft_config=lora_config(recipe.model.lora, train_embeddings=True),
     )
     trainer.add_callback(
@@ -158,7 +170,7 @@ def save_trained(context: Context, trainer: Trainer, stage: str) -> None:
         return
     trainer.save_model(str(folder / "adapter"))
     if main_process():
-        save_model(load_model(folder / "adapter", dtype=context.recipe.model.dtype), context.tokenizer, folder)
+        save_model(context.load(folder / "adapter", "cpu"), context.tokenizer, folder)
 
 
 def watch(context: Context, trainer: Trainer, stage: str, columns: dict[str, str]) -> None:
@@ -193,6 +205,7 @@ def rl_stage(context: Context) -> None:
         judge=context.judge,
         args=rl_config(context),
         train_dataset=rl_dataset(context),
+        quantization_config=quantization_config(recipe.model),
         peft_config=lora_config(recipe.model.lora, train_embeddings=not recipe.warmup.enabled),
         callbacks=[guard, HackAlarm(recipe.rl.setting("hack_alarm"), context.judge.hack_prices)],
     )
@@ -258,7 +271,7 @@ def evaluate_stage(context: Context) -> None:
     folders |= {"after": context.path / "rl"} if trained else {}
     results = {}
     for name, folder in folders.items():
-        measured = context.measure(load_model(folder, device=default_device()), examples, samples=section.samples)
+        measured = context.measure(context.load(folder), examples, samples=section.samples)
         results[name] = policies.table(measured, resamples=section.resamples, seed=section.seed)
     write_atomically(context.path / "evaluation.json", json.dumps(results, indent=1) + "\n")
     show_evaluation(context)

@@ -19,8 +19,10 @@ from siesta.data.schema import Example
 from siesta.rl.context import fixed_randomness
 from siesta.rl.engines import check_vllm
 from siesta.rl.generation import cut_after_eos, inference, left_pad, replaced, sampling_config
-from siesta.rl.models import default_device, published_model, published_tokenizer
+from siesta.rl.models import load_weights, published_tokenizer
 from siesta.rl.modes import Mode
+from siesta.rl.origin import Origin, find_origin
+from siesta.rl.precision import default_device
 from siesta.rl.recipe import ModelSection, Recipe
 from siesta.rl.teacher_section import TeacherSection
 from siesta.rl.warmup import worked, written_response
@@ -68,10 +70,12 @@ def open_teacher(recipe: Recipe, mode: Mode) -> Teacher:
     if section.origin == "model":
         named = {name: vars(section)[name] for name in ("path", "revision", "dtype", "trust_remote_code")}
         source, key = ModelSection(**named), f"teachers.{mode.name}.path"
-    tokenizer = published_tokenizer(source, key)
+    assert source.path is not None  # check_teachers has seen to it
+    origin = find_origin(source.path, source.revision, key)
+    tokenizer = published_tokenizer(source, origin, key)
     if tokenizer.chat_template is None:
         raise ModelError(f"{key}: {source.path}: the tokenizer has no chat template, so the model cannot be asked")
-    engine = ENGINES[section.engine](source, key, section, tokenizer, section.max_tokens or mode.max_tokens)
+    engine = ENGINES[section.engine](source, origin, key, section, tokenizer, section.max_tokens or mode.max_tokens)
 
     def teach(examples: Sequence[Example], seed: int) -> list[list[Draft]]:
         prompts = [
@@ -112,10 +116,16 @@ def shaped(draft: Draft, mode: Mode, thought: tuple[str, str] | None) -> Draft:
 
 
 def with_generate(
-    source: ModelSection, key: str, section: TeacherSection, tokenizer: PreTrainedTokenizerBase, max_tokens: int
+    source: ModelSection,
+    origin: Origin,
+    key: str,
+    section: TeacherSection,
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
 ) -> Engine:
     """transformers' `generate`, `batch_size` prompts at a time."""
-    model: Any = published_model(source, key).to(default_device())  # pyright: ignore[reportArgumentType]
+    loaded = load_weights(origin, dtype=source.dtype, trust_remote_code=source.trust_remote_code, key=key)
+    model: Any = loaded.to(default_device())  # pyright: ignore[reportArgumentType]
     own_end = model.generation_config.eos_token_id
     # Chat models often end a turn with another token than a text; theirs may be one or several.
     end_ids = [end_id(tokenizer)] if own_end is None else [own_end] if isinstance(own_end, int) else list(own_end)
@@ -142,13 +152,20 @@ def with_generate(
 
 
 def with_vllm(
-    source: ModelSection, key: str, section: TeacherSection, tokenizer: PreTrainedTokenizerBase, max_tokens: int
+    source: ModelSection,
+    origin: Origin,
+    key: str,
+    section: TeacherSection,
+    tokenizer: PreTrainedTokenizerBase,
+    max_tokens: int,
 ) -> Engine:
     """vLLM in this process, all prompts in one call. (It reads the model's own end tokens itself.)"""
     vllm: Any = importlib.import_module("vllm")
-    loaded = source.model_dump(include={"revision", "dtype", "trust_remote_code"})
+    if origin.gguf_file or origin.adapter:
+        raise ModelError(f"{key}: {source.path}: vLLM is given folders and hub names here; use engine: generate")
+    loaded = source.model_dump(include={"dtype", "trust_remote_code"})
     try:
-        llm = vllm.LLM(model=source.path, **(loaded | section.vllm))
+        llm = vllm.LLM(model=origin.path, **(loaded | origin.place | section.vllm))
     except (OSError, TypeError, ValueError) as error:  # an unknown argument is a TypeError
         raise ModelError(f"{key}: {source.path}: vLLM cannot load it: {' '.join(str(error).split())[:300]}") from error
 

@@ -20,8 +20,11 @@ from siesta.rl.config import check_method
 from siesta.rl.console import quiet_libraries
 from siesta.rl.context import Context
 from siesta.rl.machine import check_machine, memory_estimate
-from siesta.rl.models import lora_config
+from siesta.rl.memory import zero_stage
+from siesta.rl.models import lora_config, model_config
 from siesta.rl.modes import check_prompts
+from siesta.rl.precision import lost_updates
+from siesta.rl.quantize import quantization_config
 from siesta.rl.recipe import Recipe, dump_recipe, load_recipe
 from siesta.rl.run import Run
 from siesta.rl.stages import STAGES, GuardStop, rl_config, show_evaluation, warmup_config
@@ -34,6 +37,7 @@ def preflight(recipe: Recipe, context: Context) -> None:
         UserError: One line.
     """
     check_method(rl_config(context), len(recipe.modes))
+    check_model(recipe, context)
     for line in skipped_rows(recipe.data):
         context.say(line)
     examples = context.train_examples + context.examples("test", recipe.evaluate.items)
@@ -44,9 +48,25 @@ def preflight(recipe: Recipe, context: Context) -> None:
     check_prompts(context.tokenizer, context.modes, dict(zip(names, prompts, strict=True)))
     longest = max(map(len, prompts)) + 1 + max(mode.max_tokens for mode in context.modes)
     check_machine(rl_config(context), getattr(torch, recipe.model.dtype), longest)
-    warmup_config(context)
-    lora_config(recipe.model.lora, train_embeddings=True)
     context.judge.verifiers  # noqa: B018  builds every verifier that the examples name
+
+
+def check_model(recipe: Recipe, context: Context) -> None:
+    """Find what is wrong with the model section, and say what its dtype does to the training.
+
+    Raises:
+        UserError: One line.
+    """
+    model_config(recipe, context.tokenizer)
+    quantization_config(recipe.model)
+    lora_config(recipe.model.lora, train_embeddings=True)
+    # DeepSpeed keeps float32 master weights whatever the model's dtype, and peft a float32 adapter, save for QLoRA.
+    plain = zero_stage() == 0 and (recipe.model.lora is None or recipe.model.quantization is not None)
+    stages = (("warmup", recipe.warmup, warmup_config(context)), ("rl", recipe.rl, rl_config(context)))
+    for name, section, args in stages:
+        line = lost_updates(args, getattr(torch, recipe.model.dtype))
+        if plain and section.enabled and line is not None:
+            context.say(f"{name}: {line}")
 
 
 def run_recipe(recipe: Recipe) -> None:
@@ -83,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         recipe = load_recipe(options.recipe, options.overrides)
         if options.dry_run:
-            context = Context(Run(recipe), print)
+            context = Context(Run(recipe), lambda line: print(f"# {line}"))
             preflight(recipe, context)
             print(f"# {memory_estimate(recipe, rl_config(context)).line()}")
             print(dump_recipe(recipe), end="")

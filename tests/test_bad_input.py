@@ -13,9 +13,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import constants
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from siesta.rl import train
 from siesta.rl.recipe import load_recipe
+from tests.helpers import save_tiny_model, tiny_model
 
 RECIPE = """\
 modes:
@@ -113,12 +117,16 @@ def test_negative_control_the_recipes_themselves_are_sound(recipe: str, capsys: 
         ("data.test.path=test.jsonl", ("data", "test")),  # likewise
         ("model.path=./nowhere", ("model.path", "./nowhere")),
         ("model.embedded.heads=3", ("model.embedded",)),
+        ("model.path=weights/none.gguf", ("model.path", "weights/none.gguf", "no such file")),
+        ("model.path=empty", ("model.path: empty", "config.json is missing")),
         ("model.lora={rank: 8}", ("model.lora",)),
+        ("model.quantization={load_in_4bit: true}", ("model.quantization", "set model.lora")),
         ("model.chat_template=none.jinja", ("model.chat_template", "none.jinja")),
         ("tracking.report_to=[wandbb]", ("tracking.report_to", "'wandbb'")),
     ],
 )
 def test_a_bad_setting(refused: Callable, override: str, names: tuple[str, ...]) -> None:
+    Path("empty").mkdir()
     refused("task.yaml", override, names=names)
 
 
@@ -164,12 +172,53 @@ def test_a_tracker_that_is_not_installed(refused: Callable, monkeypatch: pytest.
         ("{% if add_generation_prompt %}{{ raise_exception('roles must alternate') }}{% endif %}", ("roles must",)),
         (b"\xff{% if add_generation_prompt %}{% endif %}", ("template.jinja",)),
         ("{{ '<think>' if add_generation_prompt else '' }}", ("already holds the control token",)),
+        ("{% if add_generation_prompt %}A:{{ '<think>' }}\n{% endif %}", ("cannot be cut", "model.chat_template")),
     ],
-    ids=["no-prompt", "syntax", "raises", "not-utf8", "uncut"],
+    ids=["no-prompt", "syntax", "raises", "not-utf8", "uncut", "left-over"],
 )
 def test_a_bad_chat_template(refused: Callable, template: str | bytes, names: tuple[str, ...]) -> None:
     Path("template.jinja").write_bytes(template if isinstance(template, bytes) else template.encode())
     refused("task.yaml", "model.chat_template=template.jinja", names=names)
+
+
+# ---- model ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6", "qwen3"])
+def test_a_model_that_cannot_be_found_or_reached(
+    refused: Callable, name: str, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "cache"))
+    names = ("model.path", name, "no such folder here", "the hub cannot be reached", "local folder")
+    assert len(refused("task.yaml", f"model.path={name}", names=names)) < 300
+
+
+def test_a_control_token_that_splits(refused: Callable, capsys: pytest.CaptureFixture[str]) -> None:
+    """It stands in the vocabulary, but what splits text into words takes it apart first."""
+    save_tiny_model(Path("start"))
+    file = Path("start/tokenizer.json")
+    content = json.loads(file.read_text())
+    own = {"<short>", "<think>"}
+    content["model"]["vocab"] |= {token["content"]: token["id"] for token in content["added_tokens"]}
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in own]
+    content["pre_tokenizer"] = {"type": "Whitespace"}
+    file.write_text(json.dumps(content))
+    capsys.readouterr()
+    line = refused(
+        "task.yaml", "model.path=start", names=("modes.short", "'<short>'", "does not encode to the single")
+    )
+    assert line.count("<unk>") == 3, "<, short and >"
+
+
+def test_an_adapter_for_another_base_model(refused: Callable, capsys: pytest.CaptureFixture[str]) -> None:
+    save_tiny_model(Path("base"))
+    settings = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained("base"), settings).save_pretrained("adapter")
+    assert train.main(["task.yaml", "model.path=adapter", "--dry-run"]) == 0, "it fits"
+    tiny_model(hidden_size=32).save_pretrained("base")
+    capsys.readouterr()
+    refused("task.yaml", "model.path=adapter", names=("model.path: adapter", "another base model", "base:", "q_proj"))
 
 
 # ---- data ----------------------------------------------------------------------------------------------------------

@@ -151,15 +151,15 @@ def test_a_special_token_without_a_role_is_refused() -> None:
 # ---- embeddings ----------------------------------------------------------------------------------------------------
 
 
-def tiny_llama(rows: int, *, tied: bool) -> Any:
+def tiny_llama(rows: int, *, tied: bool, hidden_size: int = 16, heads: int = 2) -> Any:
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
             vocab_size=rows,
-            hidden_size=16,
+            hidden_size=hidden_size,
             intermediate_size=32,
             num_hidden_layers=1,
-            num_attention_heads=2,
+            num_attention_heads=heads,
             num_key_value_heads=2,
             tie_word_embeddings=tied,
             initializer_range=0.3,

@@ -264,15 +264,15 @@ def test_a_finished_folder_is_left_alone(taught: Callable, monkeypatch: pytest.M
 
 def test_one_teacher_is_gone_before_the_next_is_loaded(taught: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[weakref.ref] = []
-    load = teachers.published_model
+    load = teachers.load_weights
 
-    def noting(*arguments: Any) -> Any:
+    def noting(*arguments: Any, **settings: Any) -> Any:
         assert [model() for model in loaded] == [None] * len(loaded)
-        model = load(*arguments)
+        model = load(*arguments, **settings)
         loaded.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(teachers, "published_model", noting)
+    monkeypatch.setattr(teachers, "load_weights", noting)
     assert taught() == 0
     assert len(loaded) == 2
 
