@@ -1,0 +1,1 @@
+"""Sleep: a pass over a context before the question comes, and the state it leaves."""
