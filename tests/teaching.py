@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from siesta.data.prompts import messages, prompt_ids, response_ids
 from siesta.data.schema import Example
@@ -20,7 +20,7 @@ modes:
 
 
 def save_byte_tokenizer(folder: Path) -> Path:
-    """A tokenizer with a token for each byte, so that lengths can be counted by hand."""
+    """A tokenizer with a token for each byte, so that lengths can be counted by hand, in a model's folder."""
     words = ["<pad>", "<eos>", "<unk>", "<q>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     core = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -28,6 +28,7 @@ def save_byte_tokenizer(folder: Path) -> Path:
     special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, chat_template=TEMPLATE, **special)
     tokenizer.save_pretrained(folder)
+    LlamaConfig(vocab_size=len(words)).save_pretrained(folder)
     return folder
 
 

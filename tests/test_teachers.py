@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from siesta.data.errors import ModelError, RecipeError
 from siesta.data.prompts import messages, prompt_ids
@@ -189,6 +189,7 @@ def test_a_model_that_cannot_be_asked_is_refused(load: Callable, folder: Path, t
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path / "base")
+    LlamaConfig().save_pretrained(tmp_path / "base")
     with pytest.raises(ModelError, match=r"teachers\.short\.path: .*/base: the tokenizer has no chat template"):
         open_teacher(load(f"{{from: model, path: {tmp_path}/base}}"), SHORT)
 
@@ -222,7 +223,6 @@ def test_vllm_is_asked_in_one_call_and_its_drafts_are_read(
     assert drafts == [[Draft("1 = 2"), Draft("1", ended=False)]] * 3
     assert asked["llm"] == {
         "model": str(folder),
-        "revision": None,
         "dtype": "bfloat16",
         "trust_remote_code": False,
         "tensor_parallel_size": 2,
