@@ -9,7 +9,7 @@ from siesta.data.schema import Example
 from siesta.data.sources import Split, TaskSource, read_rows, to_examples, without_overlap
 
 if TYPE_CHECKING:
-    from siesta.rl.recipe import DataSection, Source
+    from siesta.rl.data_section import DataSection, Source
 
 EVERYTHING = 10**9
 
@@ -25,7 +25,7 @@ def load_examples(section: "DataSection", split: Split, size: int) -> list[Examp
     """
     generated = {"seed": section.seed, "level_weights": section.level_weights}
     if section.task is not None:
-        return list(TaskSource(section.task, split, size, **generated))
+        return list(TaskSource(section.task, split, size, queries=section.queries, **generated))
     if section.families is not None:
         return list(FamilySource(section.families, split, size, **generated))
     source = {"train": section.train, "validation": section.validation or section.train, "test": section.test}[split]
