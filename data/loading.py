@@ -7,6 +7,7 @@ from siesta.data.families import FamilySource
 from siesta.data.formats import KNOWN
 from siesta.data.schema import Example
 from siesta.data.sources import Split, TaskSource, read_rows, to_examples, without_overlap
+from siesta.data.stateful import stateful
 
 if TYPE_CHECKING:
     from siesta.rl.data_section import DataSection, Source
@@ -45,17 +46,17 @@ def read_source(source: "Source", section: "DataSection") -> list[Example]:
 
 
 def skipped_rows(section: "DataSection") -> list[str]:
-    """A line for each source whose unusable rows are left out, if it has any: how many, and the first of them."""
+    """A line for what is left out of each source, if anything is: rows that cannot be used, problems that cannot be
+    split into context and query.
+    """
     sources = [source for source in (section.train, section.validation, section.test) if source is not None]
-    bad = {source.path: _read(source, section)[1] for source in sources if source.bad_rows == "skip"}
-    return [
-        f"data: {len(lines)} rows of {path} are left out; the first: {lines[0]}"
-        for path, lines in bad.items()
-        if lines
-    ]
+    may_skip = [source for source in sources if source.bad_rows == "skip" or section.stateful_split]
+    said = {source.path: _read(source, section)[1] for source in may_skip}
+    return [line for lines in said.values() for line in lines]
 
 
 def _read(source: "Source", section: "DataSection") -> tuple[list[Example], list[str]]:
+    """The examples of a source, and what was left out."""
     data_format, name = source.format, source.name
     if source.path in KNOWN:
         known_format, known_name = KNOWN[source.path]
@@ -63,7 +64,12 @@ def _read(source: "Source", section: "DataSection") -> tuple[list[Example], list
     rows = read_rows(source.path, name=name, split=source.split, revision=source.revision)
     bad: list[str] = []
     skip = bad if source.bad_rows == "skip" else None
-    return to_examples(rows, source.path, section.columns, section.verifier, data_format, skip), bad
+    examples = to_examples(rows, source.path, section.columns, section.verifier, data_format, skip)
+    said = [f"data: {len(bad)} rows of {source.path} are left out; the first: {bad[0]}"] if bad else []
+    if section.stateful_split:
+        examples, count = stateful(examples)
+        said.append(f"data: {source.path}: {count}")
+    return examples, said
 
 
 def training_examples(section: "DataSection") -> tuple[list[Example], int]:
@@ -103,6 +109,8 @@ def response_examples(path: str, section: "DataSection", size: int) -> tuple[lis
         DataError: The file is missing or malformed, or nothing is left.
     """
     rows = to_examples(read_rows(path), path, {}, section.verifier)
+    if section.stateful_split:
+        rows, _ = stateful(rows)
     kept = without_overlap(rows, evaluation_examples(section, size))
     if not kept:
         raise DataError(

@@ -30,6 +30,7 @@ class DataSection(BaseModel):
     train: Source | None = None
     validation: Source | None = None
     test: Source | None = None
+    stateful_split: bool = Field(default=False, description="Problems of a source in two: siesta.data.stateful.")
     columns: dict[str, str] = {}
     verifier: str = "exact"
     instruction: str = ""
@@ -49,6 +50,8 @@ class DataSection(BaseModel):
             raise ValueError(f"{name} own splits and verifier: leave out test, validation, columns, verifier")
         if self.train is not None and self.level_weights is not None:
             raise ValueError("`level_weights` belongs to a `task` or to `families`")
+        if self.train is None and self.stateful_split:
+            raise ValueError("`stateful_split` belongs to a `train` source")
         if self.task is None and self.queries > 1:
             raise ValueError("`queries` belongs to a `task`")
         return self
