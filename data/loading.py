@@ -26,7 +26,8 @@ def load_examples(section: "DataSection", split: Split, size: int) -> list[Examp
     """
     generated = {"seed": section.seed, "level_weights": section.level_weights}
     if section.task is not None:
-        return list(TaskSource(section.task, split, size, queries=section.queries, **generated))
+        contexts = {"queries": section.queries, "task_size": section.task_size}
+        return list(TaskSource(section.task, split, size, **contexts, **generated))
     if section.families is not None:
         return list(FamilySource(section.families, split, size, **generated))
     source = {"train": section.train, "validation": section.validation or section.train, "test": section.test}[split]

@@ -16,11 +16,11 @@ from typing import Any, Literal
 from siesta.data.errors import DataError
 from siesta.data.formats import read_as
 from siesta.data.schema import Example
-from siesta.data.tasks import calc, hop
+from siesta.data.tasks import calc, graph, hop, rule110
 
 Split = Literal["train", "validation", "test"]
 
-TASKS = {"calc": calc, "hop": hop}
+TASKS = {"calc": calc, "hop": hop, "rule110": rule110, "graph": graph}
 BLANK: dict = {}  # compared by identity
 FIELDS = ("id", "context", "query", "answer", "verifier", "level", "solution")
 
@@ -52,6 +52,14 @@ def check_queries(task: str, queries: int) -> None:
         raise DataError(f"data.queries: a context of {task} has {most} queries, not {queries}")
 
 
+def check_task_size(task: str, size: int | None) -> None:
+    """Raises DataError unless `task` can be drawn in this size."""
+    sizes = TASKS[task].SIZES
+    if size is not None and size not in sizes:
+        has = f"is from {sizes.start} to {sizes.stop - 1}" if sizes else "is fixed"
+        raise DataError(f"data.task_size: the size of {task} {has}, not {size}")
+
+
 class TaskSource(Sequence[Example]):
     """`size` generated items of one split; item i depends on `seed + i` alone.
 
@@ -63,6 +71,7 @@ class TaskSource(Sequence[Example]):
         level_weights: Share of each level; None draws all levels equally. Validation and test ignore it and go round
             the levels in turn, so that every level is measured on as many items.
         queries: Of each context.
+        task_size: Of each context, in the task's own unit; None is the task's default.
     """
 
     def __init__(
@@ -74,11 +83,14 @@ class TaskSource(Sequence[Example]):
         seed: int = 0,
         level_weights: dict[int, float] | None = None,
         queries: int = 1,
+        task_size: int | None = None,
     ):
         self.task, self.split, self.size, self.seed, self.queries = task, split, size, seed, queries
         self.levels = list(range(1, TASKS[task].MAX_LEVEL + 1))
         check_level_weights("data.level_weights", task, level_weights)
         check_queries(task, queries)
+        check_task_size(task, task_size)
+        self.scale = {} if task_size is None else {"size": task_size}
         self.weights = [level_weights.get(level, 0.0) for level in self.levels] if level_weights else None
 
     def __len__(self) -> int:
@@ -96,10 +108,12 @@ class TaskSource(Sequence[Example]):
         name = f"{self.task}-{self.split}-{number}"
         while True:
             if self.queries == 1:
-                example = Example(id=name, **TASKS[self.task].fields(rng, level))
+                example = Example(id=name, **TASKS[self.task].fields(rng, level, **self.scale))
                 own = example.text
             else:
-                example = Example(id=f"{name}-{query}", **TASKS[self.task].every_query(rng, level)[query])
+                example = Example(
+                    id=f"{name}-{query}", **TASKS[self.task].every_query(rng, level, **self.scale)[query]
+                )
                 own = example.context
             if split_of(own) == self.split:
                 return example

@@ -23,10 +23,11 @@ class DataSection(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_default=True)
 
-    task: Literal["calc", "hop"] | None = None
+    task: Literal["calc", "hop", "rule110", "graph"] | None = None
     families: list[str] | None = Field(default=None, min_length=1)
     level_weights: dict[int, float] | None = None
     queries: int = Field(default=1, ge=1, description="Of each context of a task.")
+    task_size: int | None = Field(default=None, description="Bits of a row of rule110, nodes of graph.")
     train: Source | None = None
     validation: Source | None = None
     test: Source | None = None
@@ -52,6 +53,6 @@ class DataSection(BaseModel):
             raise ValueError("`level_weights` belongs to a `task` or to `families`")
         if self.train is None and self.stateful_split:
             raise ValueError("`stateful_split` belongs to a `train` source")
-        if self.task is None and self.queries > 1:
-            raise ValueError("`queries` belongs to a `task`")
+        if self.task is None and (self.queries > 1 or self.task_size is not None):
+            raise ValueError("`queries` and `task_size` belong to a `task`")
         return self

@@ -14,6 +14,8 @@ from siesta.data.sources import Split, TaskSource, split_of
 from siesta.data.tasks import hop
 from siesta.rl.data_section import DataSection
 from siesta.rl.embedded import build_tokenizer
+from siesta.rl.models import make_tokenizer
+from siesta.rl.recipe import load_recipe
 
 SPLITS = get_args(Split)
 CONTEXT = "<ctx> k2 b>c a>b h>a c>d g>h d>e f>g e>f"
@@ -112,8 +114,52 @@ def test_queries_that_a_task_does_not_have_are_refused(task: str, queries: int, 
         TaskSource(task, "train", 10, queries=queries)
 
 
+@pytest.mark.parametrize(("task", "queries"), [("rule110", 4), ("graph", 32)])
+@pytest.mark.parametrize("split", SPLITS)
+def test_every_task_with_a_context_lists_its_queries(task: str, queries: int, split: Split) -> None:
+    items = list(TaskSource(task, split, 2 * queries, queries=queries))
+    for own in (items[:queries], items[queries:]):
+        assert len({item.context for item in own}) == 1
+        assert len({item.query for item in own}) == queries
+        assert split_of(own[0].context) == split
+    assert items[0].context != items[-1].context
+    with pytest.raises(DataError, match=rf"a context of {task} has {queries} queries, not {queries + 1}"):
+        TaskSource(task, split, 10, queries=queries + 1)
+
+
+@pytest.mark.parametrize("task", ["rule110", "graph"])
+def test_a_task_brings_its_own_words_behind_the_others(task: str) -> None:
+    base, own = build_tokenizer().get_vocab(), build_tokenizer(task).get_vocab()
+    assert {word: own[word] for word in base} == base
+    assert not {"t8", "v8"} & set(base)
+    assert build_tokenizer("calc").get_vocab() == build_tokenizer("hop").get_vocab() == base
+    tokenizer, known = make_tokenizer(load_recipe("hop", [f"data.task={task}", "warmup.level_weights=null"]))
+    for item in TaskSource(task, "test", 40):
+        text = " ".join([item.text, *item.meta["responses"].values()])
+        assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"]
+    assert known == ["<short>", "<think>"]
+
+
+@pytest.mark.parametrize(
+    ("task", "size", "message"),
+    [
+        ("hop", 9, "the size of hop is fixed, not 9"),
+        ("graph", 31, "the size of graph is from 32 to 75, not 31"),
+        ("rule110", 65, "the size of rule110 is from 8 to 64, not 65"),
+    ],
+)
+def test_sizes_that_a_task_does_not_have_are_refused(task: str, size: int, message: str) -> None:
+    with pytest.raises(DataError, match=rf"^data\.task_size: {message}$"):
+        TaskSource(task, "train", 10, task_size=size)
+
+
+def test_a_recipe_scales_a_task() -> None:
+    (item,) = load_examples(DataSection(task="rule110", task_size=8), "test", 1)
+    assert len(item.context.split()) == 2 + 4 * (1 + 8)
+
+
 def test_a_recipe_asks_for_queries() -> None:
     section = DataSection(task="hop", queries=4, seed=2)
     assert load_examples(section, "test", 12) == list(TaskSource("hop", "test", 12, seed=2, queries=4))
-    with pytest.raises(ValueError, match="`queries` belongs to a `task`"):
+    with pytest.raises(ValueError, match="belong to a `task`"):
         DataSection(families=["chain_sum"], queries=2)

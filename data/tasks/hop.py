@@ -17,6 +17,7 @@ from random import Random
 MAX_LEVEL = 4
 NODES = list("abcdefgh")
 QUERIES = len(NODES)  # that can be asked of one context
+SIZES = range(0)  # nothing to scale
 FACTS = [f"{a}>{b}" for a in NODES for b in NODES if a != b]
 WORDS = ["<ctx>", "=", ";", *NODES, *FACTS, *(f"k{k}" for k in range(1, MAX_LEVEL + 1))]
 
