@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from siesta.data.errors import DataError
 from siesta.data.families import FamilySource
+from siesta.data.filter import needing_context, read_scores
 from siesta.data.formats import KNOWN
 from siesta.data.schema import Example
 from siesta.data.sources import Split, TaskSource, read_rows, to_examples, without_overlap
@@ -48,11 +49,14 @@ def read_source(source: "Source", section: "DataSection") -> list[Example]:
 
 def skipped_rows(section: "DataSection") -> list[str]:
     """A line for what is left out of each source, if anything is: rows that cannot be used, problems that cannot be
-    split into context and query.
+    split into context and query, items that are answered without their context.
     """
     sources = [source for source in (section.train, section.validation, section.test) if source is not None]
-    may_skip = [source for source in sources if source.bad_rows == "skip" or section.stateful_split]
-    said = {source.path: _read(source, section)[1] for source in may_skip}
+    said = {
+        source.path: _read(source, section)[1]
+        for source in sources
+        if source.bad_rows == "skip" or section.stateful_split or source.context_free
+    }
     return [line for lines in said.values() for line in lines]
 
 
@@ -70,6 +74,14 @@ def _read(source: "Source", section: "DataSection") -> tuple[list[Example], list
     if section.stateful_split:
         examples, count = stateful(examples)
         said.append(f"data: {source.path}: {count}")
+    if source.context_free is not None:
+        without, beside = read_scores(source.context_free.scores)
+        try:
+            threshold = source.context_free.threshold
+            examples, report = needing_context(examples, without, threshold=threshold, with_context=beside)
+        except DataError as error:
+            raise DataError(f"{source.path}: context_free: {error}") from error
+        said.append(f"data: {source.path}: {report}")
     return examples, said
 
 

@@ -5,6 +5,15 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
+class ContextFree(BaseModel):
+    """Drops the items of a source that are answered without their context: see `siesta.data.filter`."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+    scores: str
+    threshold: float = Field(default=0.5, gt=0, le=1)
+
+
 class Source(BaseModel):
     """A file (.jsonl, .json, .parquet) or a hub data set."""
 
@@ -16,6 +25,7 @@ class Source(BaseModel):
     revision: str | None = None
     format: Literal["gsm8k", "math", "aime", "deepscaler"] | None = None
     bad_rows: Literal["refuse", "skip"] = "refuse"
+    context_free: ContextFree | None = None
 
 
 class DataSection(BaseModel):
