@@ -123,11 +123,13 @@ def test_rule110_answers_follow_the_rule(level: int) -> None:
 
 
 def test_rule110_by_hand() -> None:
-    row = [0, 1, 1, 0, 1, 0, 0, 1]
-    assert rule110.step(row) == [1, 1, 1, 1, 1, 0, 1, 1]
-    assert rule110.work(row, 2) == ["1 1 1", "0"]
-    assert rule110.work(row, 1) == ["1"]
-    assert rule110.work(row, 32)[0].count(" ") == 7, "a row is never written more than once around"
+    """The first bit is the lowest: 0 1 1 0 1 0 0 1 becomes 1 1 1 1 1 0 1 1."""
+    row = 0b10010110
+    assert rule110.bits(row, 8, range(8)) == "0 1 1 0 1 0 0 1"
+    assert rule110.bits(rule110.step(row, 8), 8, range(8)) == "1 1 1 1 1 0 1 1"
+    assert rule110.work(row, 8, 2) == ["1 1 1", "0"]
+    assert rule110.work(row, 8, 1) == ["1"]
+    assert rule110.work(row, 8, 32)[0].count(" ") == 7, "a row is never written more than once around"
 
 
 def test_rule110_answers_are_nearly_balanced_beyond_one_step() -> None:

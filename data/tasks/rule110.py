@@ -23,40 +23,43 @@ SIZE, SIZES = 24, range(8, 65)  # bits of a row
 WORDS = ["<rows>", ";", "=", "0", "1", *MARKS, *(f"t{t}" for t in DEPTHS)]
 
 
-def step(row: list[int]) -> list[int]:
-    """Rule 110 once."""
-    right = [*row[1:], row[0]]
-    left = [row[-1], *row[:-1]]
-    return [int((c or r) and not (a and c and r)) for a, c, r in zip(left, row, right, strict=True)]
+def step(row: int, size: int) -> int:
+    """Rule 110 once, on a row whose first bit is the lowest."""
+    right = (row >> 1) | ((row & 1) << (size - 1))
+    left = ((row << 1) & ((1 << size) - 1)) | (row >> (size - 1))
+    return (row | right) & ~(left & row & right)
 
 
-def work(row: list[int], depth: int) -> list[str]:
+def bits(row: int, size: int, places: range) -> str:
+    """The bits at some places, as words."""
+    return " ".join(str((row >> (place % size)) & 1) for place in places)
+
+
+def work(row: int, size: int, depth: int) -> list[str]:
     """The rows that `think` writes, the last of which is the answer."""
     gap = -(-depth // ROWS)
-    width, written = len(row), []
+    written = []
     for to_go in reversed(range(depth)):
-        row = step(row)
+        row = step(row, size)
         if to_go % gap == 0:
-            reach = min(to_go, width // 2)
-            written.append(" ".join(str(row[i % width]) for i in range(-reach, min(reach + 1, width - reach))))
+            reach = min(to_go, size // 2)
+            written.append(bits(row, size, range(-reach, min(reach + 1, size - reach))))
     return written
 
 
-def draw(rng: Random, size: int) -> list[list[int]]:
+def draw(rng: Random, size: int) -> list[int]:
     """The rows of a context."""
-    return [[rng.randrange(2) for _ in range(size)] for _ in MARKS]
+    return [rng.getrandbits(size) for _ in MARKS]
 
 
-def ask(rows: list[list[int]], level: int, mark: str) -> dict:
+def ask(rows: list[int], size: int, level: int, mark: str) -> dict:
     """One query of a context, as the fields of an `Example`."""
     depth = DEPTHS[level - 1]
-    words = ["<rows>", f"t{depth}"]
-    for name, row in zip(MARKS, rows, strict=True):
-        words += [name, *map(str, row)]
-    written = work(rows[MARKS.index(mark)], depth)
+    written = work(rows[MARKS.index(mark)], size, depth)
     answer = written[-1]
+    context = [f"{name} {bits(row, size, range(size))}" for name, row in zip(MARKS, rows, strict=True)]
     return {
-        "context": " ".join(words),
+        "context": " ".join(["<rows>", f"t{depth}", *context]),
         "query": mark,
         "answer": answer,
         "meta": {"level": level, "responses": {"short": answer, "think": f"{' ; '.join(written)} = {answer}"}},
@@ -66,10 +69,10 @@ def ask(rows: list[list[int]], level: int, mark: str) -> dict:
 def fields(rng: Random, level: int, size: int = SIZE) -> dict:
     """Draw one item, as the fields of an `Example`."""
     rows = draw(rng, size)
-    return ask(rows, level, rng.choice(MARKS))
+    return ask(rows, size, level, rng.choice(MARKS))
 
 
 def every_query(rng: Random, level: int, size: int = SIZE) -> list[dict]:
     """Draw one context and list all its queries, in an order of their own."""
     rows = draw(rng, size)
-    return [ask(rows, level, mark) for mark in rng.sample(MARKS, QUERIES)]
+    return [ask(rows, size, level, mark) for mark in rng.sample(MARKS, QUERIES)]
