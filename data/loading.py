@@ -4,12 +4,14 @@ from typing import TYPE_CHECKING
 
 from siesta.data.errors import DataError
 from siesta.data.families import FamilySource
+from siesta.data.filter import needing_context, read_scores
 from siesta.data.formats import KNOWN
 from siesta.data.schema import Example
 from siesta.data.sources import Split, TaskSource, read_rows, to_examples, without_overlap
+from siesta.data.stateful import stateful
 
 if TYPE_CHECKING:
-    from siesta.rl.recipe import DataSection, Source
+    from siesta.rl.data_section import DataSection, Source
 
 EVERYTHING = 10**9
 
@@ -25,7 +27,8 @@ def load_examples(section: "DataSection", split: Split, size: int) -> list[Examp
     """
     generated = {"seed": section.seed, "level_weights": section.level_weights}
     if section.task is not None:
-        return list(TaskSource(section.task, split, size, **generated))
+        contexts = {"queries": section.queries, "task_size": section.task_size}
+        return list(TaskSource(section.task, split, size, **contexts, **generated))
     if section.families is not None:
         return list(FamilySource(section.families, split, size, **generated))
     source = {"train": section.train, "validation": section.validation or section.train, "test": section.test}[split]
@@ -45,17 +48,20 @@ def read_source(source: "Source", section: "DataSection") -> list[Example]:
 
 
 def skipped_rows(section: "DataSection") -> list[str]:
-    """A line for each source whose unusable rows are left out, if it has any: how many, and the first of them."""
+    """A line for what is left out of each source, if anything is: rows that cannot be used, problems that cannot be
+    split into context and query, items that are answered without their context.
+    """
     sources = [source for source in (section.train, section.validation, section.test) if source is not None]
-    bad = {source.path: _read(source, section)[1] for source in sources if source.bad_rows == "skip"}
-    return [
-        f"data: {len(lines)} rows of {path} are left out; the first: {lines[0]}"
-        for path, lines in bad.items()
-        if lines
-    ]
+    said = {
+        source.path: _read(source, section)[1]
+        for source in sources
+        if source.bad_rows == "skip" or section.stateful_split or source.context_free
+    }
+    return [line for lines in said.values() for line in lines]
 
 
 def _read(source: "Source", section: "DataSection") -> tuple[list[Example], list[str]]:
+    """The examples of a source, and what was left out."""
     data_format, name = source.format, source.name
     if source.path in KNOWN:
         known_format, known_name = KNOWN[source.path]
@@ -63,7 +69,20 @@ def _read(source: "Source", section: "DataSection") -> tuple[list[Example], list
     rows = read_rows(source.path, name=name, split=source.split, revision=source.revision)
     bad: list[str] = []
     skip = bad if source.bad_rows == "skip" else None
-    return to_examples(rows, source.path, section.columns, section.verifier, data_format, skip), bad
+    examples = to_examples(rows, source.path, section.columns, section.verifier, data_format, skip)
+    said = [f"data: {len(bad)} rows of {source.path} are left out; the first: {bad[0]}"] if bad else []
+    if section.stateful_split:
+        examples, count = stateful(examples)
+        said.append(f"data: {source.path}: {count}")
+    if source.context_free is not None:
+        without, beside = read_scores(source.context_free.scores)
+        try:
+            threshold = source.context_free.threshold
+            examples, report = needing_context(examples, without, threshold=threshold, with_context=beside)
+        except DataError as error:
+            raise DataError(f"{source.path}: context_free: {error}") from error
+        said.append(f"data: {source.path}: {report}")
+    return examples, said
 
 
 def training_examples(section: "DataSection") -> tuple[list[Example], int]:
@@ -103,6 +122,8 @@ def response_examples(path: str, section: "DataSection", size: int) -> tuple[lis
         DataError: The file is missing or malformed, or nothing is left.
     """
     rows = to_examples(read_rows(path), path, {}, section.verifier)
+    if section.stateful_split:
+        rows, _ = stateful(rows)
     kept = without_overlap(rows, evaluation_examples(section, size))
     if not kept:
         raise DataError(

@@ -15,9 +15,11 @@ class Example:
         answer: The reference that the verifier compares with.
         verifier: `exact`, `math`, `reasoning_gym`, or a dotted path to a callable `(solution, answer) -> score in
             [0, 1]`.
-        meta: Whatever else a row carries. Three keys have a meaning: `level` (difficulty, a whole number; evaluation
+        meta: Whatever else a row carries. Some keys have a meaning: `level` (difficulty, a whole number; evaluation
             is broken down by it), `responses` (mode name -> response) and `solution` (how the answer is worked out),
-            which the warm-up is taught from.
+            which the warm-up is taught from. Three more are about sleep: `notes` (what a pass over the context is
+            taught to write), `responses_with_notes` (mode name -> response of a reader who has only those) and
+            `query_has_facts` (`siesta.data.stateful`).
     """
 
     id: str

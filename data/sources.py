@@ -16,11 +16,11 @@ from typing import Any, Literal
 from siesta.data.errors import DataError
 from siesta.data.formats import read_as
 from siesta.data.schema import Example
-from siesta.data.tasks import calc, hop
+from siesta.data.tasks import calc, graph, hop, rule110
 
 Split = Literal["train", "validation", "test"]
 
-TASKS = {"calc": calc, "hop": hop}
+TASKS = {"calc": calc, "hop": hop, "rule110": rule110, "graph": graph}
 BLANK: dict = {}  # compared by identity
 FIELDS = ("id", "context", "query", "answer", "verifier", "level", "solution")
 
@@ -43,21 +43,54 @@ def check_level_weights(key: str, task: str, level_weights: dict[int, float] | N
         raise DataError(f"{key}: shares of levels are at least 0, and one is more: {level_weights}")
 
 
+def check_queries(task: str, queries: int) -> None:
+    """Raises DataError unless a context of `task` can be asked so many queries."""
+    most = TASKS[task].QUERIES
+    if queries > 1 and not most:
+        raise DataError(f"data.queries: {task} has no context, so an item has one query, not {queries}")
+    if queries > max(most, 1):
+        raise DataError(f"data.queries: a context of {task} has {most} queries, not {queries}")
+
+
+def check_task_size(task: str, size: int | None) -> None:
+    """Raises DataError unless `task` can be drawn in this size."""
+    sizes = TASKS[task].SIZES
+    if size is not None and size not in sizes:
+        has = f"is from {sizes.start} to {sizes.stop - 1}" if sizes else "is fixed"
+        raise DataError(f"data.task_size: the size of {task} {has}, not {size}")
+
+
 class TaskSource(Sequence[Example]):
     """`size` generated items of one split; item i depends on `seed + i` alone.
+
+    With several queries a context, item i is query i % queries of context i // queries, and that context depends on
+    `seed + i // queries` alone. Its text then decides the split, so that no context stands in two.
 
     Args:
         task: Key of `TASKS`.
         level_weights: Share of each level; None draws all levels equally. Validation and test ignore it and go round
             the levels in turn, so that every level is measured on as many items.
+        queries: Of each context.
+        task_size: Of each context, in the task's own unit; None is the task's default.
     """
 
     def __init__(
-        self, task: str, split: Split, size: int, *, seed: int = 0, level_weights: dict[int, float] | None = None
+        self,
+        task: str,
+        split: Split,
+        size: int,
+        *,
+        seed: int = 0,
+        level_weights: dict[int, float] | None = None,
+        queries: int = 1,
+        task_size: int | None = None,
     ):
-        self.task, self.split, self.size, self.seed = task, split, size, seed
+        self.task, self.split, self.size, self.seed, self.queries = task, split, size, seed, queries
         self.levels = list(range(1, TASKS[task].MAX_LEVEL + 1))
         check_level_weights("data.level_weights", task, level_weights)
+        check_queries(task, queries)
+        check_task_size(task, task_size)
+        self.scale = {} if task_size is None else {"size": task_size}
         self.weights = [level_weights.get(level, 0.0) for level in self.levels] if level_weights else None
 
     def __len__(self) -> int:
@@ -66,14 +99,23 @@ class TaskSource(Sequence[Example]):
     def __getitem__(self, index):
         if not 0 <= index < self.size:
             raise IndexError(index)
-        rng = Random(self.seed + index)
+        number, query = divmod(index, self.queries)
+        rng = Random(self.seed + number)
         if self.split == "train":
             level = rng.choices(self.levels, self.weights)[0]
         else:
-            level = self.levels[index % len(self.levels)]
+            level = self.levels[number % len(self.levels)]
+        name = f"{self.task}-{self.split}-{number}"
         while True:
-            example = Example(id=f"{self.task}-{self.split}-{index}", **TASKS[self.task].fields(rng, level))
-            if split_of(example.text) == self.split:
+            if self.queries == 1:
+                example = Example(id=name, **TASKS[self.task].fields(rng, level, **self.scale))
+                own = example.text
+            else:
+                example = Example(
+                    id=f"{name}-{query}", **TASKS[self.task].every_query(rng, level, **self.scale)[query]
+                )
+                own = example.context
+            if split_of(own) == self.split:
                 return example
 
 

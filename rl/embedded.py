@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast, set_seed
 
 from siesta.data.prompts import end_id, pad_id
+from siesta.data.sources import TASKS
 from siesta.data.tasks import calc, hop
 
 # The question mark closes every prompt: the position from which the mode is chosen.
@@ -19,9 +20,12 @@ TEMPLATE = (
 )
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Word-level tokenizer over the words of every generated task; words are separated by white space."""
-    words = list(dict.fromkeys(["<pad>", "<eos>", "<unk>", "<q>", *calc.WORDS, *hop.WORDS]))
+def build_tokenizer(task: str | None = None) -> PreTrainedTokenizerFast:
+    """Word-level tokenizer over the words of calc and hop, and behind them those of `task`; words are separated by
+    white space.
+    """
+    own = TASKS[task].WORDS if task else []
+    words = list(dict.fromkeys(["<pad>", "<eos>", "<unk>", "<q>", *calc.WORDS, *hop.WORDS, *own]))
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(

@@ -36,21 +36,22 @@ def build_modes(sections: dict[str, ModeSection], tokenizer: PreTrainedTokenizer
 
 def make_tokenizer(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, list[str]]:
     """The recipe's tokenizer with control tokens and cut chat template, and the tokens that were added."""
-    tokenizer = published_tokenizer(recipe.model, recipe_origin(recipe))
+    tokenizer = published_tokenizer(recipe.model, recipe_origin(recipe), task=recipe.data.task)
     return tokenizer, prepare_tokenizer(tokenizer, [mode.token for mode in recipe.modes.values()])
 
 
 def published_tokenizer(
-    section: ModelSection, origin: Origin | None, key: str = "model.path"
+    section: ModelSection, origin: Origin | None, key: str = "model.path", task: str | None = None
 ) -> PreTrainedTokenizerBase:
     """A tokenizer without control tokens, with the section's chat template if it names one.
 
     Args:
         origin: Of the section's model; None for the embedded one.
         key: The recipe's key of the path, for messages.
+        task: Whose words the embedded model's tokenizer knows.
     """
     if origin is None:
-        tokenizer = embedded.build_tokenizer()
+        tokenizer = embedded.build_tokenizer(task)
     else:
         tokenizer = _load_tokenizer(origin, section.trust_remote_code, key)
     if section.chat_template is not None:

@@ -19,6 +19,7 @@ from trl import SFTConfig
 from siesta.data.errors import RecipeError
 from siesta.data.sources import check_level_weights
 from siesta.rl.config import DeGRPOConfig
+from siesta.rl.data_section import DataSection
 from siesta.rl.teacher_section import TeacherSection
 
 # Fields of the TRL configs that belong to the run as a whole.
@@ -77,48 +78,6 @@ class ModeSection(Section):
     wrong: float = -1.0
     answer_after: str | None = None
     prior: float = Field(default=1.0, gt=0)
-
-
-class Source(Section):
-    """A file (.jsonl, .json, .parquet) or a hub data set."""
-
-    path: str
-    name: str | None = None
-    split: str = "train"
-    revision: str | None = None
-    format: Literal["gsm8k", "math", "aime", "deepscaler"] | None = None
-    bad_rows: Literal["refuse", "skip"] = "refuse"
-
-
-class DataSection(Section):
-    """Items: a generated task, families of reasoning-gym, or sources with a column map."""
-
-    task: Literal["calc", "hop"] | None = None
-    families: list[str] | None = Field(default=None, min_length=1)
-    level_weights: dict[int, float] | None = None
-    train: Source | None = None
-    validation: Source | None = None
-    test: Source | None = None
-    columns: dict[str, str] = {}
-    verifier: str = "exact"
-    instruction: str = ""
-    train_size: int = Field(default=20_000, ge=1)
-    max_prompt_tokens: int = Field(default=512, ge=1)
-    seed: int = 0
-
-    @model_validator(mode="after")
-    def one_origin(self) -> "DataSection":
-        origins = [self.task, self.families, self.train]
-        if sum(origin is not None for origin in origins) != 1:
-            raise ValueError("give one of `task`, `families` and `train`")
-        if self.train is not None and self.test is None:
-            raise ValueError("`train` needs a `test` source beside it")
-        if self.train is None and (self.test or self.validation or self.columns or self.verifier != "exact"):
-            name = "a `task` has its" if self.task else "`families` have their"
-            raise ValueError(f"{name} own splits and verifier: leave out test, validation, columns, verifier")
-        if self.train is not None and self.level_weights is not None:
-            raise ValueError("`level_weights` belongs to a `task` or to `families`")
-        return self
 
 
 class TrainerSection(BaseModel):

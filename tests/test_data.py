@@ -19,7 +19,7 @@ from siesta.data.prompts import messages
 from siesta.data.schema import Example
 from siesta.data.sources import Split, TaskSource, read_rows, split_of, to_examples, without_overlap
 from siesta.data.tasks import calc
-from siesta.rl.recipe import DataSection, Source
+from siesta.rl.data_section import DataSection, Source
 
 SPLITS = get_args(Split)
 ROWS = [

@@ -12,8 +12,8 @@ from siesta.data.formats import FORMATS, KNOWN, boxed, read_as
 from siesta.data.loading import load_examples
 from siesta.data.schema import Example
 from siesta.data.sources import to_examples
+from siesta.rl.data_section import DataSection, Source
 from siesta.rl.modes import Mode
-from siesta.rl.recipe import DataSection, Source
 from siesta.rl.warmup import written_response
 
 GSM8K = {

@@ -4,10 +4,10 @@ from random import Random
 
 import pytest
 
-from siesta.data.tasks import calc, hop
+from siesta.data.tasks import calc, graph, hop, rule110
 
-LEVELS = [("calc", level) for level in range(1, 9)] + [("hop", level) for level in range(1, 5)]
-TASKS = {"calc": calc, "hop": hop}
+TASKS = {"calc": calc, "hop": hop, "rule110": rule110, "graph": graph}
+LEVELS = [(name, level) for name, task in TASKS.items() for level in range(1, task.MAX_LEVEL + 1)]
 DRAWS = 200
 
 
@@ -92,6 +92,68 @@ def test_hop_facts_form_one_cycle(level: int) -> None:
 def test_hop_query_alone_says_nothing_about_the_answer() -> None:
     items = drawn("hop", 2)
     assert len({item["answer"] for item in items if item["query"] == "a"}) > 4
+
+
+def automaton(row: list[int], steps: int) -> list[int]:
+    """Rule 110 by its number: bit 4 * left + 2 * own + right of 110."""
+    for _ in range(steps):
+        row = [110 >> (4 * row[i - 1] + 2 * row[i] + row[(i + 1) % len(row)]) & 1 for i in range(len(row))]
+    return row
+
+
+@pytest.mark.parametrize("level", range(1, rule110.MAX_LEVEL + 1))
+def test_rule110_answers_follow_the_rule(level: int) -> None:
+    for item in drawn("rule110", level)[:50]:
+        tag, depth, *words = item["context"].split()
+        rows = {words[i]: [int(bit) for bit in words[i + 1 : i + 25]] for i in range(0, 100, 25)}
+        steps = int(depth[1:])
+        assert (tag, list(rows), steps) == ("<rows>", ["r1", "r2", "r3", "r4"], rule110.DEPTHS[level - 1])
+        row = rows[item["query"]]
+        answer = str(automaton(row, steps)[0])
+        assert item["answer"] == item["meta"]["responses"]["short"] == answer
+        work, _, last = item["meta"]["responses"]["think"].partition(" = ")
+        assert last == answer
+        written = [[int(bit) for bit in part.split()] for part in work.split(" ; ")]
+        assert len(written) == -(-steps // max(1, -(-steps // 8))) <= 8
+        for place, bits in enumerate(reversed(written)):
+            to_go = place * -(-steps // 8)
+            whole = automaton(row, steps - to_go)
+            around = [whole[i % 24] for i in range(-min(to_go, 12), min(to_go + 1, 12))]
+            assert bits == around, "the bits that the answer depends on, and no others"
+
+
+def test_rule110_by_hand() -> None:
+    """The first bit is the lowest: 0 1 1 0 1 0 0 1 becomes 1 1 1 1 1 0 1 1."""
+    row = 0b10010110
+    assert rule110.bits(row, 8, range(8)) == "0 1 1 0 1 0 0 1"
+    assert rule110.bits(rule110.step(row, 8), 8, range(8)) == "1 1 1 1 1 0 1 1"
+    assert rule110.work(row, 8, 2) == ["1 1 1", "0"]
+    assert rule110.work(row, 8, 1) == ["1"]
+    assert rule110.work(row, 8, 32)[0].count(" ") == 7, "a row is never written more than once around"
+
+
+def test_rule110_answers_are_nearly_balanced_beyond_one_step() -> None:
+    for level in range(2, rule110.MAX_LEVEL + 1):
+        ones = sum(item["answer"] == "1" for item in drawn("rule110", level))
+        assert 0.4 < ones / DRAWS < 0.67
+
+
+@pytest.mark.parametrize("size", [32, 75])
+@pytest.mark.parametrize("level", [1, 5, 16])
+def test_graph_answers_follow_the_facts(level: int, size: int) -> None:
+    rng = Random(f"graph-{level}-{size}")
+    for _ in range(20):
+        item = graph.fields(rng, level, size)
+        tag, k, *words = item["context"].split()
+        assert (tag, k, len(words)) == ("<graph>", f"k{level}", 2 * size)
+        node, nodes = item["query"], []
+        for _ in range(size):
+            node = words[words.index(f"{node}>") + 1]
+            nodes.append(node)
+        assert len(set(nodes)) == size, "one cycle"
+        assert item["answer"] == item["meta"]["responses"]["short"] == nodes[level - 1]
+        think = [item["query"], *nodes[:level], "=", nodes[level - 1]]
+        assert item["meta"]["responses"]["think"].split() == think
 
 
 @pytest.mark.parametrize(("task", "level"), LEVELS)

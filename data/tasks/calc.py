@@ -11,6 +11,8 @@ fixed slots (`;` is an empty one), so that step i reads slot i at a constant dis
 from random import Random
 
 MAX_LEVEL = 8
+QUERIES = 0  # no context that could be asked twice
+SIZES = range(0)  # nothing to scale
 DIGITS = [str(d) for d in range(10)]
 OPERATIONS = [f"{sign}{d}" for sign in "+-" for d in range(1, 10)] + [f"*{d}" for d in (3, 7, 9)]
 WORDS = ["<calc>", ";", "=", *DIGITS, *OPERATIONS]
