@@ -37,6 +37,13 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: Messages, **templat
     return cast(dict[str, list[int]], rendered)["input_ids"]
 
 
+def context_ids(tokenizer: "PreTrainedTokenizerBase", context: str) -> list[int]:
+    """Token ids of a bare context, begun as the tokenizer begins a text: what a latent sleep reads. No chat template,
+    because nobody speaks yet.
+    """
+    return tokenizer.encode(context)
+
+
 def response_ids(tokenizer: "PreTrainedTokenizerBase", response: str) -> list[int]:
     """Token ids of a written response, end-of-sequence token included; they follow the control token."""
     return [*tokenizer.encode(response, add_special_tokens=False), end_id(tokenizer)]

@@ -6,7 +6,7 @@ a gradient. Text is sampled: its tokens are actions, credited by what the answer
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from transformers import PreTrainedModel
@@ -68,24 +68,30 @@ class State(Protocol):
         ...
 
 
+S = TypeVar("S", bound=State)
+
+
 @dataclass(frozen=True)
-class SleepOut:
+class SleepOut(Generic[S]):
     """A night's work: the states, the sampled tokens of each pass (text only), the cost."""
 
-    state: State
+    state: S
     actions: list[SleepTokens]
     cost: SleepCost
 
 
-class Consolidator(Protocol):
-    """One mechanism. `sleep` has no query argument, on purpose: the question has not come yet."""
+class Consolidator(Protocol[S]):
+    """One mechanism, with its own kind of state.
+
+    `sleep` has no query argument, on purpose: the question has not come yet.
+    """
 
     name: str
     differentiable: bool
 
     def sleep(
         self, model: PreTrainedModel, contexts: Sequence[str], *, passes: int, generator: torch.Generator | None
-    ) -> SleepOut:
+    ) -> SleepOut[S]:
         """Consolidate contexts in `passes` passes.
 
         Raises:
@@ -93,10 +99,10 @@ class Consolidator(Protocol):
         """
         ...
 
-    def attach(self, state: State, queries: Sequence[Example]) -> dict[str, Any]:
+    def attach(self, state: S, queries: Sequence[Example]) -> dict[str, Any]:
         """Keyword arguments with which `model(...)` and `generate` read one state a query: ids, mask, cache."""
         ...
 
-    def restore(self, tensors: dict[str, torch.Tensor]) -> State:
+    def restore(self, tensors: dict[str, torch.Tensor]) -> S:
         """The inverse of `State.tensors`."""
         ...

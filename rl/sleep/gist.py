@@ -1,0 +1,164 @@
+"""Gist sleep: the keys and values of k learned slots stand for a context, for models that have attention only.
+
+After gist tokens (arXiv 2304.08467). The slots `<gist_0>` ... are added tokens, so their embedding rows are the
+learned parameters: they train, and are saved, with the model. A context is read with the slots behind it; then its own
+keys and values are dropped, and what later tokens know of it is what the slots' attention took in. Gradients reach the
+slots and every weight through the kept keys and values.
+
+N passes repeat the slots N times and keep the last k: later slots read the context and the earlier slots.
+
+Positions: the kept slots stand at 0 to k - 1, and the context before them, at negative positions. Rotary embeddings
+know differences only, so this is the same as counting from the start of the context, and yet the state looks like an
+ordinary prefix of k tokens: queries follow at k, whatever the length of their context.
+"""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
+
+from siesta.data.errors import ModelError
+from siesta.data.prompts import pad_id
+from siesta.data.schema import Example
+from siesta.rl.generation import left_pad, positions
+from siesta.rl.modes import grow_embeddings
+from siesta.rl.sleep.protocol import SleepOut
+from siesta.rl.sleep.tensors import (
+    UNWRITTEN,
+    Tensors,
+    TensorState,
+    check_length,
+    cost,
+    in_batches,
+    read_contexts,
+    read_queries,
+)
+
+
+def slot_tokens(k: int) -> list[str]:
+    """Text of the k slots."""
+    return [f"<gist_{i}>" for i in range(k)]
+
+
+def add_slots(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, k: int) -> None:
+    """Add the slots a tokenizer lacks, with embedding rows around the mean row, as far from it as rows are, so that no
+    two slots begin alike.
+    """
+    vocabulary = tokenizer.get_vocab()
+    added = [token for token in slot_tokens(k) if token not in vocabulary]
+    if not added:
+        return
+    tokenizer.add_tokens(added, special_tokens=True)
+    grow_embeddings(model, tokenizer, added)
+    ids = [tokenizer.get_vocab()[token] for token in added]
+    weight = cast(torch.Tensor, model.get_input_embeddings().weight)
+    noise = torch.randn((len(ids), weight.shape[1]), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        weight[ids] += weight[: min(ids)].std(dim=0) * noise.to(weight)
+
+
+class GistSleep:
+    """Sleep into the keys and values of slots; differentiable where the caller computes gradients.
+
+    The state is `layer.keys` and `layer.values` -> (P, key-value heads, k, head size).
+
+    Args:
+        tokenizer: The model's, with the slots (see `add_slots`).
+        config: The model's.
+        k: Slots.
+        instruction: Stands in the prompt behind the query.
+        batch_size: Most contexts in a batch.
+
+    Raises:
+        ModelError: The slots are missing, or the model has other layers than full attention, or positions that are
+            not rotary.
+    """
+
+    name = "gist"
+    differentiable = True
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        config: PreTrainedConfig,
+        k: int,
+        *,
+        instruction: str = "",
+        batch_size: int = 16,
+    ):
+        vocabulary = tokenizer.get_vocab()
+        missing = [token for token in slot_tokens(k) if token not in vocabulary]
+        if missing:
+            raise ModelError(f"model: the tokenizer has no {missing[0]}; add the slots of gist first (add_slots)")
+        if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=config).layers):
+            raise ModelError(
+                f"model: gist keeps full attention only, {config.model_type} has other layers; take latent"
+            )
+        if not config.get_text_config().to_dict().get("rope_parameters"):
+            raise ModelError(f"model: gist needs rotary positions, {config.model_type} has none; take notes")
+        self.tokenizer = tokenizer
+        self.config = config
+        self.slots = [vocabulary[token] for token in slot_tokens(k)]
+        self.instruction = instruction
+        self.batch_size = batch_size
+
+    def sleep(
+        self,
+        model: PreTrainedModel,
+        contexts: Sequence[str],
+        *,
+        passes: int,
+        generator: torch.Generator | None = None,
+    ) -> SleepOut[TensorState]:
+        """See `Consolidator.sleep`; nothing is random here. A batch gives what each context gives alone.
+
+        Raises:
+            DataError: A context is empty, or with its slots longer than the model takes.
+            ModelError: The model kept no keys and values.
+        """
+        rows = [row + self.slots * passes for row in read_contexts(self.tokenizer, contexts)]
+        check_length(model, max(map(len, rows)), f"with {passes} x {len(self.slots)} slots a text")
+        decoder = cast(torch.nn.Module, model.get_decoder())
+        state = in_batches(rows, self.batch_size, model.device, lambda ids: self._read(decoder, ids))
+        return SleepOut(state, [], cost(model, [[len(row)] for row in rows], state))
+
+    def attach(self, state: TensorState, queries: Sequence[Example]) -> dict[str, Any]:
+        """See `Consolidator.attach`. The mask covers the slots too: (P, k + longest prompt), ids (P, longest prompt),
+        padded on the left.
+        """
+        rows = read_queries(self.tokenizer, queries, self.instruction)
+        device = next(iter(state.parts.values())).device
+        ids, mask = (x.to(device) for x in left_pad(rows, pad_id(self.tokenizer)))
+        mask = torch.cat([mask.new_ones(len(rows), len(self.slots)), mask], dim=1)
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "position_ids": positions(mask)[:, len(self.slots) :],
+            "past_key_values": self.cache(state),
+        }
+
+    def cache(self, state: TensorState) -> DynamicCache:
+        """A fresh cache that holds the slots. Reading from it leaves `state` as it is: the cache concatenates."""
+        cache = DynamicCache(config=self.config)
+        for i in range(len(cache.layers)):
+            cache.update(state.parts[f"{i}.keys"], state.parts[f"{i}.values"], i)
+        return cache
+
+    def restore(self, tensors: Tensors) -> TensorState:
+        """See `Consolidator.restore`."""
+        return TensorState(dict(tensors))
+
+    def _read(self, decoder: torch.nn.Module, ids: torch.Tensor) -> Tensors:
+        """Keys and values of the last k of (B, L) tokens, the slots of the last pass."""
+        k, length = len(self.slots), ids.shape[1]
+        place = torch.arange(k - length, k, device=ids.device).expand(len(ids), -1)
+        cache = DynamicCache(config=self.config)
+        decoder(input_ids=ids, position_ids=place, past_key_values=cache, use_cache=True)
+        kept: Tensors = {}
+        for i, layer in enumerate(cast(list[DynamicLayer], cache.layers)):
+            if layer.keys is None or layer.values is None:
+                raise ModelError(UNWRITTEN)
+            kept |= {f"{i}.keys": layer.keys[:, :, -k:], f"{i}.values": layer.values[:, :, -k:]}
+        return kept
