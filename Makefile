@@ -75,12 +75,12 @@ results-speed-gpu:
 	python -m benchmarks.end_to_end --shape 0.6b --share 0.8 --rollouts 80 --steps 20 --out $(SPEED)/e2e_curves_0.6b.json
 	python -m benchmarks.speed_tables
 
-# The same machine; weights/ from `make weights`, items/ and gsm8k/ as docs/results/real.md says.
+# The same machine; weights/ from `make weights`, outputs/items and outputs/gsm8k as docs/results/real.md says.
 JOBS ?= 6
 results-real:
-	python -m benchmarks.real --data items --jobs $(JOBS)
-	python -m benchmarks.real --recipe smollm2_gsm8k --data gsm8k --jobs $(JOBS)
-	python -m benchmarks.zero --model outputs/real/smollm2_135m/warm-0/warmup --data items
+	python -m benchmarks.real --data outputs/items --jobs $(JOBS)
+	python -m benchmarks.real --recipe smollm2_gsm8k --data outputs/gsm8k --jobs $(JOBS)
+	python -m benchmarks.zero --model outputs/real/smollm2_135m/warm-0/warmup --data outputs/items --jobs 4 --set rl.per_device_train_batch_size=128
 
 clean:
 	rm -rf build outputs $(VENV)

@@ -1,7 +1,7 @@
 """ZeRO-2 and ZeRO-3 against one plain process: 20 steps of warm-up and 20 of RL, and how far their losses lie apart.
 
-    python -m benchmarks.zero --model outputs/real/smollm2_135m/warm-0/warmup --data items    # one card, bf16
-    python -m benchmarks.zero --cpu --recipe smoke --steps 3                                  # embedded model, float32
+    python -m benchmarks.zero --model outputs/real/smollm2_135m/warm-0/warmup --data outputs/items --jobs 4  # bf16
+    python -m benchmarks.zero --cpu --recipe smoke --steps 3    # embedded model, float32
 
 How far is far? A fourth run has the plain process cut every batch in two, which changes no number but by rounding.
 Warm-up losses are of the same rows throughout. RL losses are of rollouts that each run draws itself: as soon as
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.mode_selection_tables import replace_block
 from benchmarks.real import BASE, data_settings
-from benchmarks.runs import Job, run_all
+from benchmarks.runs import ONE_THREAD, Job, run_all
 from siesta.rl.recipe import RECIPES, load_recipe
 from siesta.rl.report import read_metrics
 
@@ -41,7 +41,7 @@ def launcher(name: str, out: Path, port: int, *, cpu: bool) -> tuple[str, ...]:
             config = out / f"{name}.yaml"
             config.write_text(CPU_LAUNCH.format(stage=name[-1]), encoding="utf-8")
     own = ["--config_file", str(config), "--num_processes", "1", "--main_process_port", str(port)]
-    return ("-m", "accelerate.commands.launch", *own, "-m", "benchmarks.beside")
+    return ("-m", "accelerate.commands.launch", *own, "-m", "siesta.rl.train")
 
 
 def jobs(options: argparse.Namespace, out: Path) -> list[Job]:
@@ -53,6 +53,7 @@ def jobs(options: argparse.Namespace, out: Path) -> list[Job]:
     small = ["warmup.check_every=1000", "warmup.check_items=4", "warmup.min_mass=0", "warmup.min_share=0"]
     small += ["warmup.stop={}", "evaluate.every=0", "evaluate.items=4", "evaluate.samples=1", "evaluate.before=false"]
     small += ["evaluate.engine=generate", "export.enabled=false", "data.train_size=4000"]
+    small += ["rl.use_vllm=false"]  # it is the training that is sharded; an engine takes longer to start than 20 steps
     shared = [*steps, *logs, *small, *data_settings(options.data, options.recipe)]
     shared += [f"model.path={options.model}"] if options.model else []
     batch = recipe.warmup.trainer_fields().get("per_device_train_batch_size", 8)
@@ -124,8 +125,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     options.runs.mkdir(parents=True, exist_ok=True)
     work = jobs(options, options.runs)
-    card = {"SIESTA_KV_GIB": "4"} | ({} if options.cpu else {"CUDA_VISIBLE_DEVICES": options.gpu})
-    run_all(work, [{"OMP_NUM_THREADS": "1"} | card] * options.jobs, gap=0 if options.cpu else 20)
+    card = {} if options.cpu else {"CUDA_VISIBLE_DEVICES": options.gpu}
+    run_all(work, [ONE_THREAD | card] * options.jobs)
     names = (PLAIN, ROUNDING, "zero2", "zero3")
     found = gaps({name: job.folder for name, job in zip(names, work, strict=True)}, options.steps)
     print(table(found))

@@ -1,13 +1,16 @@
 """benchmarks/real.py and zero.py: what they start, and what the page says of runs whose numbers are known."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from matplotlib import image
 
-from benchmarks import real, real_tables, zero
+from benchmarks import beside, real, real_tables, zero
 from benchmarks.runs import Job
 from siesta.data.families import FamilySource
 from siesta.rewards.verifiers import exact, reasoning_gym
@@ -137,6 +140,16 @@ def test_places_share_the_cards_evenly() -> None:
     places = real.places([0, 1], 3, 4)
     assert [place["CUDA_VISIBLE_DEVICES"] for place in places] == ["0", "1"] * 3
     assert len({place["MASTER_PORT"] for place in places}) == 6
+
+
+def test_an_engine_beside_others_gets_a_cache_of_a_given_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    class LLM:
+        def __init__(self, **settings: Any) -> None:
+            self.settings = settings
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=LLM))  # type: ignore
+    beside.fix_cache(5)
+    assert LLM(model="x", seed=1).settings == {"model": "x", "seed": 1, "kv_cache_memory_bytes": 5}
 
 
 def test_losses_are_compared_step_by_step(tmp_path: Path) -> None:
