@@ -1,4 +1,4 @@
-# make setup | check | test | quickstart | smoke | weights | results-quickstart | results-speed-cpu | results-speed-gpu
+# make setup | check | test | quickstart | smoke | weights | results-quickstart | results-speed-cpu | results-speed-gpu | results-real
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml -m siesta.rl.train
 
-.PHONY: setup check test quickstart smoke weights results-quickstart results-speed-cpu results-speed-gpu clean
+.PHONY: setup check test quickstart smoke weights results-quickstart results-speed-cpu results-speed-gpu results-real clean
 
 setup: $(VENV)/.installed build/typing/siesta
 
@@ -74,6 +74,13 @@ results-speed-gpu:
 	python -m benchmarks.end_to_end --shape 0.6b --share 0.8 --rollouts 480 --steps 6 --plain --out $(SPEED)/e2e_0.6b.json
 	python -m benchmarks.end_to_end --shape 0.6b --share 0.8 --rollouts 80 --steps 20 --out $(SPEED)/e2e_curves_0.6b.json
 	python -m benchmarks.speed_tables
+
+# The same machine; weights/ from `make weights`, outputs/items and outputs/gsm8k as docs/results/real.md says.
+JOBS ?= 6
+results-real:
+	python -m benchmarks.real --data outputs/items --jobs $(JOBS)
+	python -m benchmarks.real --recipe smollm2_gsm8k --data outputs/gsm8k --jobs $(JOBS)
+	python -m benchmarks.zero --model outputs/real/smollm2_135m/warm-0/warmup --data outputs/items --jobs 4 --set rl.per_device_train_batch_size=128
 
 clean:
 	rm -rf build outputs $(VENV)

@@ -10,12 +10,10 @@ Finished runs are skipped, so an interrupted measurement goes on where it stoppe
 import argparse
 import json
 import os
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stderr, redirect_stdout
-from multiprocessing import get_context
 from pathlib import Path
 
 from benchmarks.mode_selection_tables import write_results
+from benchmarks.runs import Job, run_all
 
 RECIPE = "quickstart"
 GROUP = ["rl.mode_objective=policy_gradient", "rl.mode_sampling=free", "rl.advantage=group"]
@@ -60,34 +58,6 @@ COLLAPSED = {
 }
 
 
-def settings(name: str, seed: int, out: Path) -> list[str]:
-    """What every run of a seed shares. Seeds are far apart: an example depends on data.seed plus its index."""
-    seeds = [f"seed={seed}", f"data.seed={seed * 10_000_000}"]
-    return [*seeds, f"tracking.output_dir={out}", f"tracking.run={name}-{seed}"]
-
-
-def run_one(recipe: str, name: str, seed: int, extra: list[str], out: Path) -> tuple[str, int]:
-    """Run a recipe with `extra` settings; what it prints goes to a log. Returns the exit code with the name."""
-    import torch
-
-    from siesta.rl.train import main
-
-    torch.set_num_threads(1)
-    with (out / f"{name}-{seed}.log").open("a") as log, redirect_stdout(log), redirect_stderr(log):
-        code = main([recipe, *settings(name, seed, out), *extra])
-    return f"{name}-{seed}", code
-
-
-def run_all(jobs: list[tuple[str, str, int, list[str], Path]], workers: int) -> None:
-    """Run jobs in fresh processes; a job that fails ends the measurement."""
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for future in [pool.submit(run_one, *job) for job in jobs]:
-            name, code = future.result()
-            print(f"{name}: {'done' if code == 0 else f'failed with exit code {code}'}", flush=True)
-            if code != 0:
-                raise SystemExit(f"{name} failed; see its log")
-
-
 def start_path(start: str, seed: int, out: Path) -> Path:
     """Folder of the model an arm starts from."""
     return out / f"start_{start}-{seed}" / "warmup"
@@ -98,12 +68,12 @@ def measure(arms: list[str], seeds: list[int], out: Path, workers: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     starts = sorted({ARMS[arm][0] for arm in arms} - {"warm"})
     run_all(
-        [(RECIPE, "start_warm", seed, ["rl.enabled=false", "export.enabled=false"], out) for seed in seeds], workers
+        [Job(RECIPE, "start_warm", seed, ["rl.enabled=false", "export.enabled=false"], out) for seed in seeds], workers
     )
     collapsed = [(f"start_{start}", COLLAPSED[start]) for start in starts]
     run_all(
         [
-            (
+            Job(
                 RECIPE,
                 name,
                 seed,
@@ -120,7 +90,7 @@ def measure(arms: list[str], seeds: list[int], out: Path, workers: int) -> None:
     fixed += ["evaluate.every_items=320", "evaluate.every_samples=4"]
     run_all(
         [
-            (RECIPE, arm, seed, [f"model.path={start_path(ARMS[arm][0], seed, out)}", *fixed, *ARMS[arm][1]], out)
+            Job(RECIPE, arm, seed, [f"model.path={start_path(ARMS[arm][0], seed, out)}", *fixed, *ARMS[arm][1]], out)
             for seed in seeds
             for arm in arms
         ],

@@ -88,9 +88,9 @@ def table(rows: dict[str, list[dict[str, float | None]]]) -> str:
     return "\n".join(lines)
 
 
-def draw(runs: dict[str, list[dict]], file: Path) -> None:
-    """Think probability on validation items over steps: a panel an arm, a colour a level, a line a seed."""
-    width = 6
+def draw(runs: dict[str, list[dict]], file: Path, levels: tuple[int, ...] = (1, 2, 3, 8)) -> None:
+    """Think probability on validation items over steps: a panel an arm, a colour a level (of four), a line a seed."""
+    width = min(6, len(runs))
     height = -(-len(runs) // width)
     with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 8}):
         figure = Figure(figsize=(2.3 * width, 1.9 * height + 0.4), layout="constrained")
@@ -99,7 +99,7 @@ def draw(runs: dict[str, list[dict]], file: Path) -> None:
             panel.set_visible(False)
         for panel, (arm, seeds) in zip(panels, runs.items(), strict=False):
             panel.set_title(arm, fontsize=8)
-            for level, colour in zip((1, 2, 3, 8), ("C3", "C1", "C2", "C0"), strict=True):
+            for level, colour in zip(levels, ("C3", "C1", "C2", "C0"), strict=False):
                 for i, run in enumerate(seeds):
                     label = f"level {level}" if i == 0 else None
                     key = f"validation/prob/think/level_{level}"

@@ -8,8 +8,8 @@ import json
 import os
 from pathlib import Path
 
-from benchmarks.mode_selection import run_all
 from benchmarks.mode_selection_tables import replace_block
+from benchmarks.runs import Job, run_all
 
 RECIPES = {"calc": "quickstart", "hop": "hop"}
 
@@ -40,7 +40,7 @@ def main() -> None:
     options = parser.parse_args()
     options.runs.mkdir(parents=True, exist_ok=True)
     jobs = [
-        (recipe, task, seed, ["rl.enabled=false", "export.enabled=false"], options.runs)
+        Job(recipe, task, seed, ["rl.enabled=false", "export.enabled=false"], options.runs)
         for task, recipe in RECIPES.items()
         for seed in options.seeds
     ]

@@ -1,7 +1,7 @@
 """What the stages of a run share: recipe, data, tokenizer, modes, judge, and the way they are measured."""
 
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,15 +12,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from siesta.data.errors import DataError
 from siesta.data.loading import load_examples, response_examples, training_examples
-from siesta.data.prompts import messages, prompt_ids
+from siesta.data.prompts import end_id, messages, prompt_ids
 from siesta.data.schema import Example
 from siesta.data.sources import Split
+from siesta.rl.engines import vllm_writer
 from siesta.rl.evaluate import measure
+from siesta.rl.generation import Writer
 from siesta.rl.judge import Judge, build_judge
 from siesta.rl.models import build_modes, load_model, make_tokenizer
 from siesta.rl.modes import Modes
 from siesta.rl.policies import Measurement
-from siesta.rl.precision import default_device, training_autocast
+from siesta.rl.precision import default_device, mixed_dtype, training_autocast
 from siesta.rl.recipe import Recipe
 from siesta.rl.run import Run
 from siesta.rl.warmup import teachable
@@ -143,7 +145,24 @@ class Context:
             rows.append(ids)
         return rows
 
-    def measure(self, model: PreTrainedModel, examples: Sequence[Example], samples: int) -> Measurement:
+    def writer(self, folder: Path, examples: Sequence[Example]) -> AbstractContextManager[Writer | None]:
+        """What writes the responses of the final evaluation of `folder`; None is `generate` with the model itself."""
+        recipe = self.recipe
+        if recipe.evaluate.engine == "generate":
+            return nullcontext()
+        return vllm_writer(
+            folder,
+            end_id=end_id(self.tokenizer),
+            dtype=str(mixed_dtype(recipe.rl) or recipe.model.dtype).removeprefix("torch."),
+            gpu_memory_utilization=recipe.rl.setting("vllm_gpu_memory_utilization"),
+            max_model_len=max(map(len, self.prompts(examples))) + 1 + max(mode.max_tokens for mode in self.modes),
+            seed=recipe.evaluate.seed,
+            trust_remote_code=recipe.model.trust_remote_code,
+        )
+
+    def measure(
+        self, model: PreTrainedModel, examples: Sequence[Example], samples: int, write: Writer | None = None
+    ) -> Measurement:
         """Forced rollouts of `model` on `examples` in the precision of RL's training pass.
 
         The random state of the training around it is left as it was.
@@ -157,6 +176,7 @@ class Context:
                 samples=samples,
                 temperature=self.temperature,
                 batch_size=self.recipe.evaluate.batch_size,
+                write=write,
             )
 
 

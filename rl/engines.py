@@ -1,15 +1,22 @@
-"""vLLM behind TRL's seam: a cap per mode in one call, a version check, and a check that weights are in step."""
+"""vLLM behind TRL's seam: a cap per mode in one call, a version check, and a check that weights are in step.
 
+And vLLM on its own, as what writes the responses of an evaluation: `vllm_writer`.
+"""
+
+import gc
+import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
+import torch
 from packaging.version import Version
 
 from siesta.data.errors import RecipeError, UserError
-from siesta.rl.generation import replaced
-from siesta.rl.modes import Modes
+from siesta.rl.generation import Writer, replaced
+from siesta.rl.modes import Mode, Modes
 
 OLDEST, NEWEST = Version("0.22"), Version("0.31")
 # Mean difference of log-probabilities, in nats a token, beyond which two engines do not hold the same weights. Between
@@ -33,6 +40,38 @@ def check_vllm(key: str = "rl.use_vllm", without: str = "use_vllm: false") -> No
         raise RecipeError(f"{key}: vLLM is not installed; pip install 'siesta-rl[vllm]' or set {without}") from None
     if not OLDEST <= Version(f"{found.major}.{found.minor}") <= NEWEST:
         raise RecipeError(f"{key}: vLLM {found} is installed; versions {OLDEST} to {NEWEST} work with TRL")
+
+
+@contextmanager
+def vllm_writer(folder: Path, *, end_id: int, **settings: Any) -> Iterator[Writer]:
+    """Inside, vLLM holds the model of `folder` and writes its responses; afterwards its memory is free again.
+
+    Args:
+        settings: Of `vllm.LLM`.
+    """
+    vllm: Any = importlib.import_module("vllm")
+    engine = [vllm.LLM(model=str(folder), **settings)]  # emptied below: the caller still holds `write` then
+
+    def write(prompts: Sequence[list[int]], mode: Mode, *, temperature: float | None) -> list[list[int]]:
+        params = vllm.SamplingParams(
+            temperature=temperature or 0.0,  # 0 is greedy
+            max_tokens=mode.max_tokens,
+            stop_token_ids=[end_id],
+            detokenize=False,
+        )
+        asked = [{"prompt_token_ids": [*ids, mode.token_id]} for ids in prompts]
+        # The engine has a precision of its own; that of the forward pass around this must not reach it.
+        with torch.autocast("cuda", enabled=False):
+            outputs = engine[0].generate(asked, [params] * len(asked), use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    try:
+        yield write
+    finally:
+        engine.clear()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def check_logp_gap(gap: float) -> None:

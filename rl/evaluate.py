@@ -5,6 +5,7 @@ python -m siesta.rl.evaluate outputs/quickstart            # evaluates rl/final 
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from rich.console import Console
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from siesta.data.prompts import end_id, messages, pad_id, prompt_ids
 from siesta.data.schema import Example
 from siesta.rewards.hacking import FLAGS
-from siesta.rl.generation import complete, mode_policy
+from siesta.rl.generation import Writer, complete, mode_policy
 from siesta.rl.judge import Judge
 from siesta.rl.policies import Measurement
 
@@ -28,22 +29,26 @@ def measure(
     samples: int,
     temperature: float,
     batch_size: int,
+    write: Writer | None = None,
 ) -> Measurement:
     """Answer every example in every mode, once greedily and `samples` times at `temperature`.
 
-    A rollout whose verifier failed is left out of its item's mean; without any scorable rollout the mean is NaN.
+    The mode policy always comes from a forward pass of `model`. A rollout whose verifier failed is left out of its
+    item's mean; without any scorable rollout the mean is NaN.
+
+    Args:
+        write: Has `model`'s weights and writes in its place; None is `generate`.
     """
     tokenizer, modes = judge.tokenizer, judge.modes
     prompts = [prompt_ids(tokenizer, messages(example, instruction)) for example in examples]
     settings = {"batch_size": batch_size, "pad_id": pad_id(tokenizer)}
     log_policy, mass = mode_policy(model, prompts, modes, temperature=temperature, device=model.device, **settings)
+    if write is None:
+        write = partial(complete, model, eos_id=end_id(tokenizer), **settings)
 
     def answered(repeats: int, heat: float | None) -> list[dict[str, np.ndarray]]:
         rows = [prompt for prompt in prompts for _ in range(repeats)]
-        written = [
-            complete(model, rows, mode, temperature=heat, eos_id=end_id(tokenizer), **settings) for mode in modes
-        ]
-        return judged(judge, written, examples, repeats)
+        return judged(judge, [write(rows, mode, temperature=heat) for mode in modes], examples, repeats)
 
     greedy, sampled = answered(1, None), answered(samples, temperature)
 

@@ -6,7 +6,7 @@ many tokenizers pad with their end-of-sequence token.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
@@ -14,6 +14,12 @@ from transformers import GenerationConfig, PreTrainedModel
 from siesta.rl.modes import Mode, Modes
 
 SEGMENT = 64  # tokens between two looks at which rows have ended
+
+
+class Writer(Protocol):
+    """Writes one response per prompt in a mode, as `complete` does with `generate`; None is greedy."""
+
+    def __call__(self, prompts: Sequence[list[int]], mode: Mode, *, temperature: float | None) -> list[list[int]]: ...
 
 
 @contextmanager

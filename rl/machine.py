@@ -20,6 +20,17 @@ def compute_dtype(config: DeGRPOConfig, weights: torch.dtype) -> torch.dtype:
     return torch.float16 if config.fp16 else weights
 
 
+def check_engine(key: str, without: str) -> None:
+    """Raises RecipeError, with the recipe's `key`, unless vLLM can run here.
+
+    Args:
+        without: The setting that does without it.
+    """
+    check_vllm(key, without)
+    if default_device() != "cuda":
+        raise RecipeError(f"{key}: vLLM needs a CUDA device, and there is none; set {without}")
+
+
 def check_machine(config: DeGRPOConfig, weights: torch.dtype, longest: int) -> None:
     """Refuse what this machine cannot run.
 
@@ -31,12 +42,9 @@ def check_machine(config: DeGRPOConfig, weights: torch.dtype, longest: int) -> N
     Raises:
         RecipeError: With the key to change.
     """
-    device = default_device()
-    choose_backend(config.attention, device, compute_dtype(config, weights), share=config.share_prompts)
+    choose_backend(config.attention, default_device(), compute_dtype(config, weights), share=config.share_prompts)
     if config.use_vllm:
-        check_vllm()
-        if device != "cuda":
-            raise RecipeError("rl.use_vllm: needs a CUDA device, and there is none; set use_vllm: false")
+        check_engine("rl.use_vllm", "use_vllm: false")
     if config.token_budget < longest:
         raise RecipeError(
             f"rl.token_budget: {config.token_budget} tokens do not hold the longest rollout, {longest} with its "

@@ -14,10 +14,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations import deepspeed
 
 from siesta.data.errors import ModelError
 from siesta.data.prompts import end_id, pad_id
 from siesta.rl import embedded
+from siesta.rl.generation import replaced
 from siesta.rl.modes import Mode, Modes, grow_embeddings, prepare_tokenizer
 from siesta.rl.origin import ADAPTER, Origin, adapter_origin, check_adapter, recipe_origin, write_origin
 from siesta.rl.recipe import ModelSection, ModeSection, Recipe
@@ -106,12 +108,15 @@ def load_weights(
 ) -> PreTrainedModel:
     """The model of an origin in `dtype`: a GGUF file is unpacked, an adapter merged into its base.
 
+    Its weights are whole: where a trainer shards its own (ZeRO-3), transformers would shard these as well.
+
     Args:
         key: What errors call the path.
     """
     # Without this transformers may keep a GGUF file's weights packed, which can be neither trained nor saved.
     unpacked = {"quantization_config": GgufConfig(dequantize=True)} if origin.gguf_file else {}
-    model = _load(AutoModelForCausalLM, origin, trust_remote_code, key, dtype=getattr(torch, dtype), **unpacked)
+    with replaced(deepspeed, "_hf_deepspeed_config_weak_ref", None):
+        model = _load(AutoModelForCausalLM, origin, trust_remote_code, key, dtype=getattr(torch, dtype), **unpacked)
     if origin.adapter is None:
         return model
     from peft import PeftModel

@@ -23,11 +23,17 @@ def mixed_by_default() -> bool:
     return default_device() == "cuda"
 
 
+def mixed_dtype(section: RLSection) -> torch.dtype | None:
+    """What RL computes in where that is not the dtype of its weights."""
+    if section.trainer_fields().get("fp16", False):
+        return torch.float16
+    return torch.bfloat16 if section.trainer_fields().get("bf16", mixed_by_default()) else None
+
+
 def training_autocast(section: RLSection, device: torch.device) -> AbstractContextManager:
     """The mixed precision that RL trains with, for measuring outside of its trainer."""
-    half = bool(section.trainer_fields().get("fp16", False))
-    mixed = half or bool(section.trainer_fields().get("bf16", mixed_by_default()))
-    return torch.autocast(device.type, torch.float16 if half else torch.bfloat16, enabled=mixed)
+    dtype = mixed_dtype(section)
+    return torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def lost_updates(args: TrainingArguments, dtype: torch.dtype) -> str | None:

@@ -137,6 +137,7 @@ class EvaluateSection(Section):
     every_items: int = Field(default=160, ge=1)
     every_samples: int = Field(default=4, ge=1)
     before: bool = Field(default=True, description="Also measure the model that RL started from.")
+    engine: Literal["generate", "vllm"] = Field(default="generate", description="Writes the final responses.")
     seed: int = 0
 
 

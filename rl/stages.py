@@ -271,7 +271,8 @@ def evaluate_stage(context: Context) -> None:
     folders |= {"after": context.path / "rl"} if trained else {}
     results = {}
     for name, folder in folders.items():
-        measured = context.measure(context.load(folder), examples, samples=section.samples)
+        with context.writer(folder, examples) as write:
+            measured = context.measure(context.load(folder), examples, samples=section.samples, write=write)
         results[name] = policies.table(measured, resamples=section.resamples, seed=section.seed)
     write_atomically(context.path / "evaluation.json", json.dumps(results, indent=1) + "\n")
     show_evaluation(context)

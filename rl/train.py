@@ -19,7 +19,7 @@ from siesta.data.loading import skipped_rows
 from siesta.rl.config import check_method
 from siesta.rl.console import quiet_libraries
 from siesta.rl.context import Context
-from siesta.rl.machine import check_machine, memory_estimate
+from siesta.rl.machine import check_engine, check_machine, memory_estimate
 from siesta.rl.memory import zero_stage
 from siesta.rl.models import lora_config, model_config
 from siesta.rl.modes import check_prompts
@@ -48,6 +48,8 @@ def preflight(recipe: Recipe, context: Context) -> None:
     check_prompts(context.tokenizer, context.modes, dict(zip(names, prompts, strict=True)))
     longest = max(map(len, prompts)) + 1 + max(mode.max_tokens for mode in context.modes)
     check_machine(rl_config(context), getattr(torch, recipe.model.dtype), longest)
+    if recipe.evaluate.engine == "vllm":
+        check_engine("evaluate.engine", "engine: generate")
     context.judge.verifiers  # noqa: B018  builds every verifier that the examples name
 
 

@@ -1,6 +1,7 @@
 """Where models come from: folders, hub names at a commit, GGUF files, adapters; and their weights afterwards."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,11 @@ import torch
 from huggingface_hub import errors
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations.deepspeed import (
+    HfDeepSpeedConfig,
+    is_deepspeed_zero3_enabled,
+    unset_hf_deepspeed_config,
+)
 
 from siesta.data.errors import ModelError
 from siesta.data.prompts import prompt_ids
@@ -324,3 +330,17 @@ def test_the_embedded_model_has_no_origin() -> None:
     one = load_recipe("smoke", ["tracking.output_dir=outputs"])
     assert recipe_origin(one) is None
     assert models.model_config(one, make_tokenizer(one)[0]).vocab_size >= tiny_model().config.vocab_size - 2
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
+def test_weights_are_whole_where_a_trainer_shards_its_own(tmp_path: Path) -> None:
+    """Under ZeRO-3 transformers loads shards: the first embedding look-up of the gate would fail."""
+    settings = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}, "train_batch_size": 1})
+    try:
+        assert is_deepspeed_zero3_enabled()
+        model = load_model(save_tiny_model(tmp_path))
+        assert [parameter.dim() for parameter in model.get_input_embeddings().parameters()] == [2]
+        assert is_deepspeed_zero3_enabled()
+    finally:
+        unset_hf_deepspeed_config()
+    del settings  # transformers holds it weakly
