@@ -39,7 +39,7 @@ SWEEP: dict[str, tuple[str | None, list[str]]] = {
 ARMS = MAIN | SWEEP
 
 WARM_ONLY = ["rl.enabled=false", "export.enabled=false"]
-# Machines are lent by the minute: what is cut off loses little.
+# GPUs are paid by the minute: what is cut off loses little.
 WARM_ONLY += ["warmup.save_strategy=steps", "warmup.save_steps=600", "warmup.save_total_limit=1"]
 # A mode less leaves mass on the other's token, so the gate, which the warm-up has passed, asks for nothing here.
 FROM_WARM = ["warmup.enabled=false", "warmup.min_share=0", "warmup.min_mass=0", "warmup.check_items=20"]

@@ -169,6 +169,15 @@ def mode_targets(values: torch.Tensor, prior: torch.Tensor, tau: float) -> tuple
     return torch.softmax(prior.log() + values / tau, dim=1), known
 
 
+def control_factors(importance: torch.Tensor, method: "DeGRPOConfig") -> torch.Tensor:
+    """What the control token's weight is multiplied by, (B,) from rho_i (B,): alpha * rho_i; for plain GRPO rho_i, so
+    that alpha plays no part; 0 under mode targets, whose term is another.
+    """
+    if method.mode_objective == "target":
+        return torch.zeros_like(importance)
+    return (method.alpha if method.decoupled else 1.0) * importance
+
+
 def token_weights(
     completion_mask: torch.Tensor,
     scorable: torch.Tensor,
@@ -183,7 +192,7 @@ def token_weights(
         completion_mask: 1 on completion tokens, control token first, shape (B, T).
         scorable: Rollouts that count, shape (B,), bool.
         num_rollouts: N, scorable rollouts of the whole optimizer step over all ranks.
-        control: Factor of each control token, shape (B,): alpha * rho_i, or rho_i alone for plain GRPO.
+        control: Factor of each control token, shape (B,); see `control_factors`.
         decoupled: True: the control token weighs control / N and each response token 1 / (N T_i). False is plain GRPO:
             every one of the T_i + 1 tokens weighs 1 / (N (T_i + 1)), times `control` at the first.
     """

@@ -136,9 +136,10 @@ def _load(auto: Any, origin: Origin, trust_remote_code: bool, key: str = "model.
         return auto.from_pretrained(origin.path, trust_remote_code=trust_remote_code, **origin.place, **kwargs)
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
+            section = key.rpartition(".")[0]
             raise ModelError(
                 f"{key}: {origin}: it brings Python code of its own (auto_map), which is not run; read the code, "
-                "then set trust_remote_code: true beside the path, and revision to the commit that was read"
+                f"then set {section}.trust_remote_code: true and {section}.revision to the commit that was read"
             ) from error
         raise ModelError(f"{key}: {origin}: {' '.join(str(error).split())[:300]}") from error
 

@@ -36,6 +36,23 @@ class Draft:
     ended: bool = True
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A model that is asked for responses: where it comes from, and how it answers.
+
+    Args:
+        source: Its `model:` section; the path's key in the recipe is `key`.
+        max_tokens: Cap of a response in its own tokens.
+    """
+
+    source: ModelSection
+    key: str
+    origin: Origin
+    section: TeacherSection
+    tokenizer: PreTrainedTokenizerBase
+    max_tokens: int
+
+
 # Examples and a seed -> the drafts for each example; none where there is nothing to say.
 Teacher = Callable[[Sequence[Example], int], list[list[Draft]]]
 # Prompt ids and a seed -> the same number of drafts for each prompt.
@@ -75,7 +92,8 @@ def open_teacher(recipe: Recipe, mode: Mode) -> Teacher:
     tokenizer = published_tokenizer(source, origin, key)
     if tokenizer.chat_template is None:
         raise ModelError(f"{key}: {source.path}: the tokenizer has no chat template, so the model cannot be asked")
-    engine = ENGINES[section.engine](source, origin, key, section, tokenizer, section.max_tokens or mode.max_tokens)
+    asked = Asked(source, key, origin, section, tokenizer, section.max_tokens or mode.max_tokens)
+    engine = ENGINES[section.engine](asked)
 
     def teach(examples: Sequence[Example], seed: int) -> list[list[Draft]]:
         prompts = [
@@ -115,23 +133,18 @@ def shaped(draft: Draft, mode: Mode, thought: tuple[str, str] | None) -> Draft:
     return Draft(worked(work, answer.strip(), mode), draft.ended)
 
 
-def with_generate(
-    source: ModelSection,
-    origin: Origin,
-    key: str,
-    section: TeacherSection,
-    tokenizer: PreTrainedTokenizerBase,
-    max_tokens: int,
-) -> Engine:
+def with_generate(asked: Asked) -> Engine:
     """transformers' `generate`, `batch_size` prompts at a time."""
-    loaded = load_weights(origin, dtype=source.dtype, trust_remote_code=source.trust_remote_code, key=key)
+    section, tokenizer, source = asked.section, asked.tokenizer, asked.source
+    trust = source.trust_remote_code
+    loaded = load_weights(asked.origin, dtype=source.dtype, trust_remote_code=trust, key=asked.key)
     model: Any = loaded.to(default_device())  # pyright: ignore[reportArgumentType]
     own_end = model.generation_config.eos_token_id
     # Chat models often end a turn with another token than a text; theirs may be one or several.
     end_ids = [end_id(tokenizer)] if own_end is None else [own_end] if isinstance(own_end, int) else list(own_end)
     pad_id = end_ids[0] if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)  # pyright: ignore
     config = sampling_config(section.temperature, pad_id, end_ids)
-    config.max_new_tokens, config.num_return_sequences = max_tokens, section.samples
+    config.max_new_tokens, config.num_return_sequences = asked.max_tokens, section.samples
 
     def answer(prompts: Sequence[list[int]]) -> list[list[Draft]]:
         ids, mask = (x.to(model.device) for x in left_pad(prompts, pad_id))
@@ -151,29 +164,23 @@ def with_generate(
     return engine
 
 
-def with_vllm(
-    source: ModelSection,
-    origin: Origin,
-    key: str,
-    section: TeacherSection,
-    tokenizer: PreTrainedTokenizerBase,
-    max_tokens: int,
-) -> Engine:
+def with_vllm(asked: Asked) -> Engine:
     """vLLM in this process, all prompts in one call. (It reads the model's own end tokens itself.)"""
     vllm: Any = importlib.import_module("vllm")
+    section, origin, where = asked.section, asked.origin, f"{asked.key}: {asked.source.path}"
     if origin.gguf_file or origin.adapter:
-        raise ModelError(f"{key}: {source.path}: vLLM is given folders and hub names here; use engine: generate")
-    loaded = source.model_dump(include={"dtype", "trust_remote_code"})
+        raise ModelError(f"{where}: vLLM is given folders and hub names here; use engine: generate")
+    loaded = asked.source.model_dump(include={"dtype", "trust_remote_code"})
     try:
         llm = vllm.LLM(model=origin.path, **(loaded | origin.place | section.vllm))
     except (OSError, TypeError, ValueError) as error:  # an unknown argument is a TypeError
-        raise ModelError(f"{key}: {source.path}: vLLM cannot load it: {' '.join(str(error).split())[:300]}") from error
+        raise ModelError(f"{where}: vLLM cannot load it: {' '.join(str(error).split())[:300]}") from error
 
     def engine(prompts: Sequence[list[int]], seed: int) -> list[list[Draft]]:
         params = vllm.SamplingParams(
             n=section.samples,
             temperature=section.temperature or 0.0,
-            max_tokens=max_tokens,
+            max_tokens=asked.max_tokens,
             seed=seed,
             skip_special_tokens=False,
         )
@@ -183,4 +190,4 @@ def with_vllm(
     return engine
 
 
-ENGINES = {"generate": with_generate, "vllm": with_vllm}
+ENGINES: dict[str, Callable[[Asked], Engine]] = {"generate": with_generate, "vllm": with_vllm}

@@ -19,7 +19,7 @@ from trl import GRPOTrainer
 from trl.models.utils import unwrap_model_for_generation
 
 from siesta.data.prompts import pad_id
-from siesta.rl.advantages import Credit, Rollouts, assign_credit, kl_weights, token_weights
+from siesta.rl.advantages import Credit, Rollouts, assign_credit, control_factors, kl_weights, token_weights
 from siesta.rl.config import DeGRPOConfig, check_method
 from siesta.rl.engines import caps_per_mode, check_logp_gap
 from siesta.rl.generation import inference, mode_policy, replaced, respond, sampling_config
@@ -190,8 +190,7 @@ class DeGRPOTrainer(GRPOTrainer):
         steps = cast(int, self.method.steps_per_generation) / self.args.gradient_accumulation_steps
         num_rollouts = rollouts.scorable.sum().item() / steps
         scorable = rollouts.scorable[own].to(mask.device)
-        alpha = self.method.alpha if self.method.decoupled else 1.0
-        control = torch.zeros(len(scorable)) if given.targets is not None else alpha * rollouts.importance[own]
+        control = control_factors(rollouts.importance[own], self.method)
         advantages = given.response_advantages[own, None].repeat(1, mask.shape[1])
         advantages[:, 0] = given.mode_advantages[own]
         batch["advantages"] = advantages.to(mask.device)

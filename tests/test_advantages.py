@@ -18,6 +18,7 @@ from siesta.rl.advantages import (
     Credit,
     Rollouts,
     assign_credit,
+    control_factors,
     group_advantages,
     kl_weights,
     mode_targets,
@@ -272,6 +273,15 @@ def test_weights_read_the_mask_and_leave_it_alone(decoupled: bool) -> None:
 
 def method(folder: Path, **settings) -> DeGRPOConfig:
     return DeGRPOConfig(output_dir=str(folder), use_cpu=True, bf16=False, report_to=[], **settings)
+
+
+def test_control_factors_by_hand(tmp_path: Path) -> None:
+    """alpha rho_i; in plain GRPO alpha plays no part; mode targets leave the control token without a policy term."""
+    importance = tensor([1.0, 0.4, 1.6])
+    policy = {"mode_objective": "policy_gradient", "alpha": 55.0}
+    assert_same(control_factors(importance, method(tmp_path, **policy)), 55 * importance)
+    assert_same(control_factors(importance, method(tmp_path, **policy, decoupled=False)), importance)
+    assert_same(control_factors(importance, method(tmp_path, mode_objective="target", alpha=55.0)), 0 * importance)
 
 
 @pytest.fixture

@@ -160,7 +160,7 @@ def test_code_of_a_repository_is_not_run(folder: Path) -> None:
     (own / "config.json").write_text(json.dumps(config))
     (own / "configuration_own.py").write_text("open('canary', 'w')\n")
     one = recipe("own")
-    with pytest.raises(ModelError, match=r"model\.path: own: it brings Python code .* trust_remote_code: true"):
+    with pytest.raises(ModelError, match=r"model\.path: own: it brings Python code .* model\.trust_remote_code: true"):
         model_config(one, make_tokenizer(one)[0])
     assert not Path("canary").exists()
 

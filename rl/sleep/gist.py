@@ -20,21 +20,10 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTra
 from transformers.cache_utils import DynamicLayer
 
 from siesta.data.errors import ModelError
-from siesta.data.prompts import pad_id
 from siesta.data.schema import Example
-from siesta.rl.generation import left_pad, positions
 from siesta.rl.modes import grow_embeddings
-from siesta.rl.sleep.protocol import SleepOut
-from siesta.rl.sleep.tensors import (
-    UNWRITTEN,
-    Tensors,
-    TensorState,
-    check_length,
-    cost,
-    in_batches,
-    read_contexts,
-    read_queries,
-)
+from siesta.rl.sleep.protocol import SleepCost
+from siesta.rl.sleep.tensors import UNWRITTEN, Tensors, TensorSleep, TensorState, check_length, cost, in_batches
 
 
 def slot_tokens(k: int) -> list[str]:
@@ -59,17 +48,15 @@ def add_slots(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, k: int
         weight[ids] += weight[: min(ids)].std(dim=0) * noise.to(weight)
 
 
-class GistSleep:
-    """Sleep into the keys and values of slots; differentiable where the caller computes gradients.
+class GistSleep(TensorSleep):
+    """Sleep into the keys and values of slots.
 
     The state is `layer.keys` and `layer.values` -> (P, key-value heads, k, head size).
 
     Args:
         tokenizer: The model's, with the slots (see `add_slots`).
-        config: The model's.
         k: Slots.
-        instruction: Stands in the prompt behind the query.
-        batch_size: Most contexts in a batch.
+        settings: Of `TensorSleep`.
 
     Raises:
         ModelError: The slots are missing, or the model has other layers than full attention, or positions that are
@@ -77,17 +64,9 @@ class GistSleep:
     """
 
     name = "gist"
-    differentiable = True
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        config: PreTrainedConfig,
-        k: int,
-        *,
-        instruction: str = "",
-        batch_size: int = 16,
-    ):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, k: int, **settings: Any):
+        super().__init__(tokenizer, config, **settings)
         vocabulary = tokenizer.get_vocab()
         missing = [token for token in slot_tokens(k) if token not in vocabulary]
         if missing:
@@ -98,57 +77,25 @@ class GistSleep:
             )
         if not config.get_text_config().to_dict().get("rope_parameters"):
             raise ModelError(f"model: gist needs rotary positions, {config.model_type} has none; take notes")
-        self.tokenizer = tokenizer
-        self.config = config
         self.slots = [vocabulary[token] for token in slot_tokens(k)]
-        self.instruction = instruction
-        self.batch_size = batch_size
 
-    def sleep(
-        self,
-        model: PreTrainedModel,
-        contexts: Sequence[str],
-        *,
-        passes: int,
-        generator: torch.Generator | None = None,
-    ) -> SleepOut[TensorState]:
-        """See `Consolidator.sleep`; nothing is random here. A batch gives what each context gives alone.
-
-        Raises:
-            DataError: A context is empty, or with its slots longer than the model takes.
-            ModelError: The model kept no keys and values.
-        """
-        rows = [row + self.slots * passes for row in read_contexts(self.tokenizer, contexts)]
+    def consolidate(self, model: PreTrainedModel, rows: list[list[int]], passes: int) -> tuple[TensorState, SleepCost]:
+        rows = [row + self.slots * passes for row in rows]
         check_length(model, max(map(len, rows)), f"with {passes} x {len(self.slots)} slots a text")
         decoder = cast(torch.nn.Module, model.get_decoder())
         state = in_batches(rows, self.batch_size, model.device, lambda ids: self._read(decoder, ids))
-        return SleepOut(state, [], cost(model, [[len(row)] for row in rows], state))
+        return state, cost(model, [[len(row)] for row in rows], state)
 
     def attach(self, state: TensorState, queries: Sequence[Example]) -> dict[str, Any]:
-        """See `Consolidator.attach`. The mask covers the slots too: (P, k + longest prompt), ids (P, longest prompt),
-        padded on the left.
-        """
-        rows = read_queries(self.tokenizer, queries, self.instruction)
-        device = next(iter(state.parts.values())).device
-        ids, mask = (x.to(device) for x in left_pad(rows, pad_id(self.tokenizer)))
-        mask = torch.cat([mask.new_ones(len(rows), len(self.slots)), mask], dim=1)
-        return {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "position_ids": positions(mask)[:, len(self.slots) :],
-            "past_key_values": self.cache(state),
-        }
+        """See `Consolidator.attach`. The mask covers the slots too: (P, k + longest prompt)."""
+        return self.behind(len(self.slots), state, queries)
 
     def cache(self, state: TensorState) -> DynamicCache:
-        """A fresh cache that holds the slots. Reading from it leaves `state` as it is: the cache concatenates."""
+        """See `TensorSleep.cache`: this one concatenates."""
         cache = DynamicCache(config=self.config)
         for i in range(len(cache.layers)):
             cache.update(state.parts[f"{i}.keys"], state.parts[f"{i}.values"], i)
         return cache
-
-    def restore(self, tensors: Tensors) -> TensorState:
-        """See `Consolidator.restore`."""
-        return TensorState(dict(tensors))
 
     def _read(self, decoder: torch.nn.Module, ids: torch.Tensor) -> Tensors:
         """Keys and values of the last k of (B, L) tokens, the slots of the last pass."""

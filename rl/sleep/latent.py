@@ -23,42 +23,30 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTra
 from siesta.data.errors import DataError, ModelError
 from siesta.data.schema import Example
 from siesta.rl.sleep.cache import functional_cache, linear_layers, recurrent_states
-from siesta.rl.sleep.protocol import SleepOut
-from siesta.rl.sleep.tensors import (
-    UNWRITTEN,
-    Tensors,
-    TensorState,
-    check_length,
-    cost,
-    in_batches,
-    read_contexts,
-    read_queries,
-)
+from siesta.rl.sleep.protocol import SleepCost
+from siesta.rl.sleep.tensors import UNWRITTEN, Tensors, TensorSleep, TensorState, check_length, cost, in_batches
 
 Form = Literal["carry_h", "reread"]
 
 
-class LatentSleep:
-    """Sleep into recurrent states; differentiable where the caller computes gradients.
+class LatentSleep(TensorSleep):
+    """Sleep into recurrent states.
 
     The state is S of every recurrent layer: `layer.index` -> (P, heads, ...), in the dtype the model keeps it in.
+    Gradient checkpointing must be off.
 
     Args:
-        tokenizer: The model's.
-        config: The model's; it says which layers are recurrent.
         form: See above.
         truncate: Gradients flow through the last so many passes, counted over all windows of a context; earlier ones
             keep no activations. None is all. With `carry_h` the embeddings of a window are in its first pass.
         window: Most tokens that attention sees at once. None is the whole context.
-        instruction: Stands in the prompt behind the query.
-        batch_size: Most contexts in a batch.
+        settings: Of `TensorSleep`.
 
     Raises:
         ModelError: The model has no recurrent layers.
     """
 
     name = "latent"
-    differentiable = True
 
     def __init__(
         self,
@@ -68,39 +56,21 @@ class LatentSleep:
         *,
         truncate: int | None = None,
         window: int | None = None,
-        instruction: str = "",
-        batch_size: int = 16,
+        **settings: Any,
     ):
+        super().__init__(tokenizer, config, **settings)
         if not any(True for _ in linear_layers(DynamicCache(config=config))):
             raise ModelError(f"model: {config.model_type} has no recurrent layers to sleep into; take notes or gist")
-        self.tokenizer = tokenizer
-        self.config = config
         self.form = form
         self.truncate = truncate
         self.window = window
-        self.instruction = instruction
-        self.batch_size = batch_size
 
-    def sleep(
-        self,
-        model: PreTrainedModel,
-        contexts: Sequence[str],
-        *,
-        passes: int,
-        generator: torch.Generator | None = None,
-    ) -> SleepOut[TensorState]:
-        """See `Consolidator.sleep`; nothing is random here. A batch gives what each context gives alone.
-
-        Raises:
-            DataError: A context is empty, or a window longer than the model takes.
-            ModelError: Gradient checkpointing is on.
-        """
-        rows = read_contexts(self.tokenizer, contexts)
+    def consolidate(self, model: PreTrainedModel, rows: list[list[int]], passes: int) -> tuple[TensorState, SleepCost]:
         lengths = [self._cut(len(row)) for row in rows]
         check_length(model, max(map(max, lengths)), "a window")
         decoder = cast(torch.nn.Module, model.get_decoder())
         state = in_batches(rows, self.batch_size, model.device, lambda ids: self._consolidate(decoder, ids, passes))
-        return SleepOut(state, [], cost(model, [pieces * passes for pieces in lengths], state))
+        return state, cost(model, [pieces * passes for pieces in lengths], state)
 
     def attach(self, state: TensorState, queries: Sequence[Example]) -> dict[str, Any]:
         """See `Consolidator.attach`. Positions start at 0. Behind the prompt, padding on the right is exact.
@@ -109,25 +79,19 @@ class LatentSleep:
             DataError: The prompts differ in length: padding in front of a prompt would decay the state, so batches
                 come from `equal_lengths`.
         """
-        rows = read_queries(self.tokenizer, queries, self.instruction)
-        shortest, longest = min(map(len, rows)), max(map(len, rows))
-        if shortest != longest:
+        attached = super().attach(state, queries)
+        lengths = attached["attention_mask"].sum(dim=1)
+        if lengths.min() != lengths.max():
             raise DataError(
-                f"queries: prompts of {shortest} to {longest} tokens in one batch, and padding before a recurrent "
-                "state is not neutral; batch prompts of equal length"
+                f"queries: prompts of {lengths.min()} to {lengths.max()} tokens in one batch, and padding before a "
+                "recurrent state is not neutral; batch prompts of equal length"
             )
-        cache = self.cache(state)
-        ids = torch.tensor(rows, device=next(iter(state.parts.values())).device)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": cache}
+        return attached
 
     def cache(self, state: TensorState) -> DynamicCache:
-        """A fresh cache that holds the states and no keys or values. Reading from it leaves `state` as it is."""
+        """See `TensorSleep.cache`; there are no keys or values in it."""
         # A model may decode in place, so the cache gets its own copy.
         return functional_cache(self.config, {key: part.clone() for key, part in state.parts.items()})
-
-    def restore(self, tensors: Tensors) -> TensorState:
-        """See `Consolidator.restore`."""
-        return TensorState(dict(tensors))
 
     def _cut(self, length: int) -> list[int]:
         """Lengths of the windows of a context."""

@@ -11,27 +11,15 @@ weights and applies their momentum.
 """
 
 import importlib
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from siesta.data.errors import ModelError
-from siesta.data.prompts import pad_id
-from siesta.data.schema import Example
-from siesta.rl.generation import left_pad, positions
 from siesta.rl.sleep.cache import linear_layers
-from siesta.rl.sleep.protocol import SleepCost, SleepOut
-from siesta.rl.sleep.tensors import (
-    Tensors,
-    TensorState,
-    check_length,
-    forward_flops,
-    in_batches,
-    read_contexts,
-    read_queries,
-)
+from siesta.rl.sleep.protocol import SleepCost
+from siesta.rl.sleep.tensors import Tensors, TensorSleep, TensorState, check_length, forward_flops, in_batches
 
 BRANCH = "titans_memory"
 
@@ -108,56 +96,28 @@ def add_memory(model: PreTrainedModel, layer: int, *, heads: int = 4, segment: i
     cast(Any, model.get_decoder()).layers[layer].register_forward_hook(branch.blend, with_kwargs=True)
 
 
-class MemorySleep:
-    """Sleep into the weights of a memory; differentiable where the caller computes gradients.
+class MemorySleep(TensorSleep):
+    """Sleep into the weights of a memory. The blocks read a context once, the memory `passes` times.
 
     The state is the weights of the memory by name -> (P, heads, ...).
 
     Args:
-        tokenizer: The model's.
-        config: The model's.
         layer: The decoder layer that `add_memory` was given.
-        instruction: Stands in the prompt behind the query.
-        batch_size: Most contexts in a batch.
+        settings: Of `TensorSleep`.
 
     Raises:
         ModelError: The model has recurrent layers; those take `latent`.
     """
 
     name = "memory"
-    differentiable = True
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        config: PreTrainedConfig,
-        layer: int,
-        *,
-        instruction: str = "",
-        batch_size: int = 16,
-    ):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, layer: int, **settings: Any):
+        super().__init__(tokenizer, config, **settings)
         if any(True for _ in linear_layers(DynamicCache(config=config))):
             raise ModelError(f"model: {config.model_type} has recurrent layers of its own to sleep into; take latent")
-        self.tokenizer = tokenizer
-        self.config = config
         self.layer = layer
-        self.instruction = instruction
-        self.batch_size = batch_size
 
-    def sleep(
-        self,
-        model: PreTrainedModel,
-        contexts: Sequence[str],
-        *,
-        passes: int,
-        generator: torch.Generator | None = None,
-    ) -> SleepOut[TensorState]:
-        """See `Consolidator.sleep`. The blocks read a context once, the memory `passes` times.
-
-        Raises:
-            DataError: A context is empty, or longer than the model takes.
-        """
-        rows = read_contexts(self.tokenizer, contexts)
+    def consolidate(self, model: PreTrainedModel, rows: list[list[int]], passes: int) -> tuple[TensorState, SleepCost]:
         check_length(model, max(map(len, rows)), "a text")
         branch = cast(MemoryBranch, model.get_submodule(BRANCH))
         state = in_batches(
@@ -170,27 +130,11 @@ class MemorySleep:
             flops=[blocks(len(row)) + passes * step * len(row) for row in rows],
             state_bytes=state.nbytes(),
         )
-        return SleepOut(state, [], costs)
-
-    def attach(self, state: TensorState, queries: Sequence[Example]) -> dict[str, Any]:
-        """See `Consolidator.attach`: ids and mask (P, longest prompt), padded on the left."""
-        rows = read_queries(self.tokenizer, queries, self.instruction)
-        device = next(iter(state.parts.values())).device
-        ids, mask = (x.to(device) for x in left_pad(rows, pad_id(self.tokenizer)))
-        return {
-            "input_ids": ids,
-            "attention_mask": mask,
-            "position_ids": positions(mask),
-            "past_key_values": self.cache(state),
-        }
+        return state, costs
 
     def cache(self, state: TensorState) -> MemoryCache:
-        """A fresh cache that brings the memories along."""
+        """See `TensorSleep.cache`: it brings the memories along."""
         return MemoryCache(self.config, state.tensors())
-
-    def restore(self, tensors: Tensors) -> TensorState:
-        """See `Consolidator.restore`."""
-        return TensorState(dict(tensors))
 
     def _hidden(self, model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
         """What leaves the layer over contexts (B, L): (B, L, d)."""

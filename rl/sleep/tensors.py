@@ -1,4 +1,4 @@
-"""What the latent ways to sleep share: states that are tensors, batches without padding, FLOPs of a pass.
+"""What the latent ways to sleep share: their frame, states that are tensors, batches without padding, FLOPs of a pass.
 
 Padding is not neutral in front of a recurrent state: a padded position still decays it. So contexts are put into
 batches of equal length, and a batch gives what each context would give alone.
@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from siesta.data.errors import DataError
-from siesta.data.prompts import context_ids, messages, prompt_ids
+from siesta.data.prompts import context_ids, messages, pad_id, prompt_ids
 from siesta.data.schema import Example
-from siesta.rl.sleep.protocol import SleepCost
+from siesta.rl.generation import left_pad, positions
+from siesta.rl.sleep.protocol import SleepCost, SleepOut
 
 Tensors = dict[str, torch.Tensor]
 
@@ -50,6 +51,78 @@ class TensorState:
 
     def tensors(self) -> Tensors:
         return dict(self.parts)
+
+
+class TensorSleep:
+    """A way to sleep whose state is tensors; differentiable where the caller computes gradients. Nothing is random.
+
+    Args:
+        tokenizer: The model's.
+        config: The model's.
+        instruction: Stands in the prompt behind the query.
+        batch_size: Most contexts in a batch.
+    """
+
+    differentiable = True
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        config: PreTrainedConfig,
+        *,
+        instruction: str = "",
+        batch_size: int = 16,
+    ):
+        self.tokenizer = tokenizer
+        self.config = config
+        self.instruction = instruction
+        self.batch_size = batch_size
+
+    def sleep(
+        self,
+        model: PreTrainedModel,
+        contexts: Sequence[str],
+        *,
+        passes: int,
+        generator: torch.Generator | None = None,
+    ) -> SleepOut[TensorState]:
+        """See `Consolidator.sleep`. A batch gives what each context gives alone.
+
+        Raises:
+            DataError: A context is empty, or longer than the model takes.
+            ModelError: The model kept nothing.
+        """
+        state, costs = self.consolidate(model, read_contexts(self.tokenizer, contexts), passes)
+        return SleepOut(state, [], costs)
+
+    def consolidate(self, model: PreTrainedModel, rows: list[list[int]], passes: int) -> tuple[TensorState, SleepCost]:
+        """The states of contexts, given as ids, and what they cost."""
+        raise NotImplementedError
+
+    def cache(self, state: TensorState) -> DynamicCache:
+        """A fresh cache that holds the states. Reading from it leaves `state` as it is."""
+        raise NotImplementedError
+
+    def restore(self, tensors: Tensors) -> TensorState:
+        """See `Consolidator.restore`."""
+        return TensorState(dict(tensors))
+
+    def attach(self, state: TensorState, queries: Sequence[Example]) -> dict[str, Any]:
+        """See `Consolidator.attach`: ids (P, longest prompt), padded on the left, behind an empty prefix."""
+        return self.behind(0, state, queries)
+
+    def behind(self, prefix: int, state: TensorState, queries: Sequence[Example]) -> dict[str, Any]:
+        """Prompts behind `prefix` tokens that the cache holds; the mask, (P, prefix + longest prompt), covers both."""
+        rows = read_queries(self.tokenizer, queries, self.instruction)
+        device = next(iter(state.parts.values())).device
+        ids, mask = (x.to(device) for x in left_pad(rows, pad_id(self.tokenizer)))
+        mask = torch.cat([mask.new_ones(len(rows), prefix), mask], dim=1)
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "position_ids": positions(mask)[:, prefix:],
+            "past_key_values": self.cache(state),
+        }
 
 
 def read_contexts(tokenizer: PreTrainedTokenizerBase, contexts: Sequence[str]) -> list[list[int]]:
