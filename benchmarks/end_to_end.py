@@ -260,7 +260,7 @@ def main() -> None:
     parser.add_argument("--vllm-share", type=float, default=0.3)
     parser.add_argument("--no-compile", dest="compile", action="store_false")
     parser.add_argument("--plain", action="store_true", help="also B3")
-    parser.add_argument("--arms", nargs="+", default=["stock", "siesta"])
+    parser.add_argument("--arms", nargs="+", choices=["stock", "siesta"], default=["stock", "siesta"])
     parser.add_argument("--arm", help="internal: run this arm here")
     parser.add_argument("--out", type=Path, default=Path("end_to_end.json"))
     options = parser.parse_args()
