@@ -20,6 +20,7 @@ from siesta.data.errors import RecipeError
 from siesta.data.sources import check_level_weights
 from siesta.rl.config import DeGRPOConfig
 from siesta.rl.data_section import DataSection
+from siesta.rl.sleep_section import SleepSection
 from siesta.rl.teacher_section import TeacherSection
 
 # Fields of the TRL configs that belong to the run as a whole.
@@ -166,6 +167,7 @@ class Recipe(Section):
     modes: dict[str, ModeSection]
     data: DataSection
     teachers: dict[str, TeacherSection] = {}
+    sleep: SleepSection = SleepSection()
     warmup: WarmupSection = WarmupSection()
     rl: RLSection = RLSection()
     evaluate: EvaluateSection = EvaluateSection()
