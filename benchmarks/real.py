@@ -1,7 +1,7 @@
-"""Real weights: SmolLM2-135M learns when to think, on five reasoning-gym families and on GSM8K, beside its baselines.
+"""Real weights: SmolLM2-135M learns when to think, on four reasoning-gym families and on GSM8K, beside its baselines.
 
-    python -m siesta.data.pregenerate chain_sum leg_counting letter_counting spell_backward count_bits \\
-      --exact --train 60000 --out outputs/items  # where reasoning-gym is installed
+    python -m siesta.data.pregenerate chain_sum spell_backward aiw family_relationships --exact \\
+      --levels 1 2 3 --weights 2 1 1 --train 120000 --validation 600 --test 600 --out outputs/items
     python -m benchmarks.real --data outputs/items --jobs 6 --gpus 0  # warm-up, 12 arms, the page
     python -m benchmarks.real --recipe smollm2_gsm8k --data outputs/gsm8k --jobs 4
     python -m benchmarks.real --tables                                    # the page alone, from what is finished
@@ -44,7 +44,7 @@ WARM_ONLY += ["warmup.save_strategy=steps", "warmup.save_steps=600", "warmup.sav
 # A mode less leaves mass on the other's token, so the gate, which the warm-up has passed, asks for nothing here.
 FROM_WARM = ["warmup.enabled=false", "warmup.min_share=0", "warmup.min_mass=0", "warmup.check_items=20"]
 FROM_WARM += ["rl.save_steps=25", "rl.guard.action=warn", "export.enabled=false", "evaluate.before=false"]
-# RL sees 64 questions a step; to prepare the warm-up's 60,000 for each arm is a waste of minutes.
+# RL sees 64 questions a step; to prepare the warm-up's 120,000 for each arm is a waste of minutes.
 FROM_WARM += ["data.train_size=20000"]
 # Six training passes of the recipe's size do not fit on a card together. The share is what must be free when an engine
 # starts, no more: its cache is given.

@@ -64,8 +64,8 @@ class FamilySource(Sequence[Example]):
 
     Args:
         families: Names in reasoning-gym.
-        level_weights: Share of each curriculum level, from 1; validation and test go round families and levels in
-            turn, so that each is measured on as many items.
+        level_weights: Share of each curriculum level, from 1; equal ones by default. Training draws levels;
+            validation and test go round the families in turn and deal them the levels, so that shares are exact.
     """
 
     def __init__(
@@ -86,6 +86,7 @@ class FamilySource(Sequence[Example]):
         self.families, self.split, self.size, self.seed = list(families), split, size, seed
         self.levels = sorted(level for level, weight in weights.items() if weight > 0)
         self.weights = [weights[level] for level in self.levels]
+        self.dealt = [] if split == "train" else deal(self.weights, -(-size // len(self.families)))
 
     def __len__(self) -> int:
         return self.size
@@ -98,7 +99,7 @@ class FamilySource(Sequence[Example]):
         if self.split == "train":
             level = rng.choices(self.levels, self.weights)[0]
         else:
-            level = self.levels[index // len(self.families) % len(self.levels)]
+            level = self.levels[self.dealt[index // len(self.families)]]
         items = family_items(family, level)
         for _ in range(ATTEMPTS):
             entry = items[rng.randrange(POOL)]
@@ -109,6 +110,16 @@ class FamilySource(Sequence[Example]):
             f"data.families: {family} at level {level} has hardly any item for the {self.split} split: it makes too "
             "few different ones; leave the level out (data.level_weights)"
         )
+
+
+def deal(weights: Sequence[float], count: int) -> list[int]:
+    """`count` places in `weights`, each as often as its share says at every point of the way, to within one."""
+    counts, dealt = [0] * len(weights), []
+    for turn in range(1, count + 1):
+        owed = [turn * weight / sum(weights) - had for weight, had in zip(weights, counts, strict=True)]
+        dealt.append(owed.index(max(owed)))
+        counts[dealt[-1]] += 1
+    return dealt
 
 
 def to_example(family: str, level: int, entry: dict[str, Any], name: str) -> Example:

@@ -1,6 +1,6 @@
 """Write items of reasoning-gym families to files, for machines on which the package is not installed.
 
-    python -m siesta.data.pregenerate chain_sum gcd --levels 1 2 3 --train 5000 --test 400 --out items
+    python -m siesta.data.pregenerate chain_sum gcd --levels 1 2 3 --weights 3 1 1 --train 5000 --test 400 --out items
 
 writes items/train.jsonl, validation.jsonl and test.jsonl with the columns id, query, answer, verifier, level, and
 solution for the families that have worked solutions. With `--exact` the answer is reasoning-gym's own and is compared
@@ -34,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("families", nargs="+", help="names in reasoning-gym")
     parser.add_argument("--levels", nargs="+", type=int, default=[1, 2, 3, 4], help="curriculum levels, from 1")
+    parser.add_argument("--weights", nargs="+", type=float, help="share of each of these levels; equal by default")
     parser.add_argument("--train", type=int, default=10_000, help="items")
     parser.add_argument("--validation", type=int, default=400, help="items")
     parser.add_argument("--test", type=int, default=400, help="items")
@@ -41,7 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--exact", action="store_true", help="plain answers, compared as text")
     parser.add_argument("--out", type=Path, required=True, help="folder")
     options = parser.parse_args(arguments)
-    weights = dict.fromkeys(options.levels, 1.0)
+    shares = options.weights or [1.0] * len(options.levels)
+    if len(shares) != len(options.levels):
+        parser.error(f"--weights: {len(options.levels)} levels and {len(shares)} weights")
+    weights = dict(zip(options.levels, shares, strict=True))
     try:
         for split in get_args(Split):
             source = FamilySource(

@@ -1,7 +1,7 @@
 """Worked solutions for items of reasoning-gym families: what a `think` response is taught from in the warm-up.
 
 reasoning-gym gives questions and answers, no working. Each function here writes the working of one family from the
-metadata of an item, in steps that a model of 100M parameters can copy: one digit or one letter decides the next.
+metadata of an item or its text, in steps a model of 100M parameters can copy: one digit or letter decides the next.
 
     chain_sum        terms sorted by sign; each sum with its digits from the right, all numbers of one width, so that a
                      digit of the result stands at a fixed distance from the two it comes from and from its carry
@@ -9,10 +9,14 @@ metadata of an item, in steps that a model of 100M parameters can copy: one digi
     letter_counting  every word spelled, hits numbered as they come
     spell_backward   letters numbered forwards, then copied by number backwards
     count_bits       halved again and again, odd numbers counted as they come
+    aiw              the women whom the question counts, and the one it forgets: she whose circle it is
+    family_relationships
+                     every couple with its children, then the steps from the one person to the other
 
 The working ends in the answer, which must be the item's own: `worked` compares them.
 """
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +33,7 @@ def worked(family: str, entry: dict[str, Any]) -> str | None:
     """
     if family not in WORKED:
         return None
-    lines, answer = WORKED[family](entry["metadata"])
+    lines, answer = WORKED[family](entry["metadata"] | {"question": entry["question"]})
     if answer != str(entry["answer"]):
         raise DataError(f"data.families: {family}: the working comes to {answer}, the item says {entry['answer']}")
     return "\n".join(lines)
@@ -108,10 +112,60 @@ def count_bits(metadata: dict[str, Any]) -> Working:
     return [*lines, f"so {ones}"], str(ones)
 
 
+def aiw(metadata: dict[str, Any]) -> Working:
+    """Alice has 4 sisters and 1 brother; how many sisters has he? Hers, and Alice herself: 5."""
+    found = re.match(r"(\w+) has .*?(\d+) (sisters|female friends|female colleagues)", metadata["question"])
+    assert found is not None, metadata["question"]
+    name, count, kind = found[1], int(found[2]), found[3]
+    lines = [f"{kind} of {name} {count}", f"with {name} {count}+1={count + 1}", f"so {count + 1}"]
+    return lines, str(count + 1)
+
+
+COUPLE = re.compile(r"(\w+) is married to (\w+)\.(?: They have (?:a child|children) called ([^.]+)\.)?")
+# Steps from the first person to the second -> what reasoning-gym calls the first; in-laws, nieces and nephews are its
+# own way round.
+KINSHIP = {
+    ("spouse",): ("wife", "husband"),
+    ("child",): ("mother", "father"),
+    ("parent",): ("daughter", "son"),
+    ("parent", "child"): ("sister", "brother"),
+    ("child", "child"): ("grandmother", "grandfather"),
+    ("spouse", "parent"): ("mother-in-law", "father-in-law"),
+    ("parent", "child", "child"): ("aunt", "uncle"),
+    ("parent", "parent", "child"): ("niece", "nephew"),
+}
+
+
+def family_relationships(metadata: dict[str, Any]) -> Working:
+    """Al is married to Bo. They have a child called Cy. What is Bo to Cy? Al + Bo: Cy; Bo child Cy; so mother."""
+    steps: dict[str, list[tuple[str, str]]] = {}
+    lines = []
+    for one, other, named in COUPLE.findall(metadata["question"]):
+        children = re.split(r", | and ", named) if named else []
+        lines.append(f"{one} + {other}" + (f": {' '.join(children)}" if children else ""))
+        for parent, spouse in ((one, other), (other, one)):
+            steps.setdefault(parent, []).append(("spouse", spouse))
+            for child in children:
+                steps[parent].append(("child", child))
+                steps.setdefault(child, []).append(("parent", parent))
+    start, end = metadata["person1"], metadata["person2"]
+    ways = [[(step, start, person)] for step, person in steps[start]]
+    for way in ways:  # grows: the shortest comes first
+        kin, last = tuple(step for step, _, _ in way), way[-1][2]
+        if last == end and metadata["relationship"] in KINSHIP.get(kin, ()):
+            lines += [f"{before} {step} {after}" for step, before, after in way]
+            return [*lines, f"so {metadata['relationship']}"], metadata["relationship"]
+        if len(way) < max(map(len, KINSHIP)):
+            ways += [[*way, (step, last, person)] for step, person in steps[last]]
+    return lines, f"no known relation of {start} and {end}"
+
+
 WORKED: dict[str, Callable[[dict[str, Any]], Working]] = {
     "chain_sum": chain_sum,
     "leg_counting": leg_counting,
     "letter_counting": letter_counting,
     "spell_backward": spell_backward,
     "count_bits": count_bits,
+    "aiw": aiw,
+    "family_relationships": family_relationships,
 }

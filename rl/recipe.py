@@ -98,6 +98,7 @@ class WarmupSection(TrainerSection):
     responses: Path | None = Field(default=None, description="responses.jsonl of `siesta warmup-data`.")
     pairing: Literal["paired", "cross"] = "cross"
     shares: dict[str, float] | None = None
+    balanced: bool = Field(default=False, description="Modes are chosen equally often, whatever their shares.")
     level_weights: dict[int, float] | None = Field(default=None, description="Of a task; those of `data` if not set.")
     check_every: int = Field(default=100, ge=1)
     check_items: int = Field(default=160, ge=1)

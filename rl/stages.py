@@ -123,6 +123,7 @@ def warmup_trainer(context: Context, validation) -> SFTTrainer:
         shares=section.shares,
         instruction=recipe.data.instruction,
         seed=recipe.seed,
+        balanced=section.balanced,
         own_only=section.responses is not None,
     )
     config = warmup_config(context)
@@ -149,6 +150,7 @@ def check_first_batch(context: Context, trainer: SFTTrainer) -> None:
     found = []
     for ids, labels, row in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), rows, strict=True):
         start = next(i for i, label in enumerate(labels) if label != IGNORED)
+        start -= ids[start] not in context.modes.token_ids  # a control token without loss: `warmup.balanced`
         assert ids[start] in context.modes.token_ids, row
         found.append(ids[:start])
     shown = len(context.modes) if context.recipe.warmup.pairing == "paired" else 1

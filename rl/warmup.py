@@ -7,6 +7,7 @@ the accuracies named in `warmup.stop` are reached, and a gate checks that RL can
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from random import Random
 
@@ -37,14 +38,17 @@ def warmup_rows(
     shares: dict[str, float] | None,
     instruction: str,
     seed: int,
+    balanced: bool = False,
     own_only: bool = False,
 ) -> Dataset:
-    """Rows of `input_ids` and `labels`.
+    """Rows of `input_ids`, `labels` and their `length`, by which `train_sampling_strategy` can group them.
 
     Args:
         pairing: `paired` or `cross`.
         shares: Weight of each mode under `cross`; equal by default.
         seed: Of the draw of modes.
+        balanced: The control token carries loss in as many rows of each mode, so that a mode which is practised more
+            is not chosen more.
         own_only: Draw among the modes that an example brings a response for, as rows of `warmup.responses` may lack
             some; otherwise such an example is an error.
 
@@ -54,14 +58,31 @@ def warmup_rows(
     modes, tokenizer = judge.modes, judge.tokenizer
     rng = Random(seed)
     weight = mode_weights(modes, shares)
-    rows = []
+    rows, shown = [], []
     for example in examples:
         prompt = prompt_ids(tokenizer, messages(example, instruction))
         weights = [0.0 if own_only and not has_response(example, mode) else weight[mode.name] for mode in modes]
         for mode in list(modes) if pairing == "paired" else rng.choices(list(modes), weights):
             completion = [mode.token_id, *response_ids(tokenizer, written_response(example, mode))]
-            rows.append({"input_ids": prompt + completion, "labels": [IGNORED] * len(prompt) + completion})
+            labels = [IGNORED] * len(prompt) + completion
+            rows.append({"input_ids": prompt + completion, "labels": labels, "length": len(labels)})
+            shown.append(mode.token_id)
+    if balanced:
+        for row, token in surplus(shown):
+            rows[row]["labels"][rows[row]["labels"].index(token)] = IGNORED
     return Dataset.from_list(rows)
+
+
+def surplus(shown: Sequence[int]) -> list[tuple[int, int]]:
+    """Rows beyond the count of the rarest, as (row, what it shows): as many are left of each."""
+    fewest = min(Counter(shown).values(), default=0)
+    seen: Counter[int] = Counter()
+    beyond = []
+    for row, token in enumerate(shown):
+        seen[token] += 1
+        if seen[token] > fewest:
+            beyond.append((row, token))
+    return beyond
 
 
 def mode_weights(modes: Modes, shares: dict[str, float] | None) -> dict[str, float]:

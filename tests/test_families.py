@@ -36,10 +36,18 @@ def test_no_item_stands_in_two_splits() -> None:
     assert not texts[1] & texts[2]
 
 
-def test_evaluation_goes_round_families_and_levels_in_turn() -> None:
-    items = list(FamilySource(NAMES, "test", 12, level_weights={1: 1, 3: 9, 2: 0}))
-    assert [(item.meta["family"], item.level) for item in items[:6]] == [(n, level) for level in (1, 3) for n in NAMES]
-    assert [item.level for item in items].count(1) == 6
+def test_evaluation_goes_round_families_in_turn_and_deals_each_the_levels_by_weight() -> None:
+    items = list(FamilySource(NAMES, "test", 4 * len(NAMES), level_weights={1: 1, 3: 3, 2: 0}))
+    dealt = [3, 1, 3, 3]  # owed .75 3 to .25; .5 to .5, and the first wins; then 3 is behind
+    assert [(item.meta["family"], item.level) for item in items] == [(n, level) for level in dealt for n in NAMES]
+
+
+def test_dealt_levels_keep_their_shares_at_every_point() -> None:
+    assert families.deal([1.0, 1.0, 1.0], 6) == [0, 1, 2, 0, 1, 2]
+    assert families.deal([3.0, 1.0, 1.0], 5).count(0) == 3
+    for turn in range(1, 50):
+        counts = [families.deal([4.0, 2.0, 1.0], turn).count(place) for place in range(3)]
+        assert all(abs(count - turn * w / 7) < 1 for count, w in zip(counts, (4, 2, 1), strict=True))
 
 
 def test_training_draws_levels_by_weight_and_higher_levels_are_longer() -> None:

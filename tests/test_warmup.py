@@ -21,6 +21,7 @@ from siesta.rl.warmup import (
     accuracy,
     accuracy_by_level,
     check_gate,
+    surplus,
     teachable,
     warmup_rows,
 )
@@ -59,7 +60,8 @@ def test_only_control_token_and_response_carry_loss(pairing: str, instruction: s
         mode = JUDGE.modes[JUDGE.modes.token_ids.index(token)]
         assert response[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(response[:-1]) == example.meta["responses"][mode.name]
-        assert set(row) == {"input_ids", "labels"}
+        assert set(row) == {"input_ids", "labels", "length"}
+        assert row["length"] == len(row["input_ids"])
 
 
 def test_paired_shows_every_example_in_every_mode() -> None:
@@ -83,6 +85,26 @@ def test_cross_follows_shares() -> None:
     assert counts[JUDGE.modes[1].token_id] / 1000 == pytest.approx(0.8, abs=0.04)
     only = {opening(row) for row in rows(examples, "cross", shares={"think": 1.0})}
     assert only == {JUDGE.modes[1].token_id}, "a mode that is not named has no share"
+
+
+def test_balanced_rows_teach_every_control_token_equally_often() -> None:
+    """Nine rows of a mode for one of the other: all responses carry loss, but as many tokens that choose."""
+    examples = calc_examples(400)
+    shares = {"short": 9.0, "think": 1.0}
+    plain, made = (rows(examples, "cross", shares=shares, balanced=balanced) for balanced in (False, True))
+    short, think = JUDGE.modes.token_ids
+    chosen = Counter(opening(row) for row in made if opening(row) in (short, think))
+    assert chosen[short] == chosen[think] == Counter(opening(row) for row in plain)[think]
+    for before, after in zip(plain, made, strict=True):
+        assert after["input_ids"] == before["input_ids"]
+        changed = [i for i, (a, b) in enumerate(zip(before["labels"], after["labels"], strict=True)) if a != b]
+        assert changed == [] or (before["labels"][changed[0]] == short and after["labels"][changed[0]] == IGNORED)
+        assert len(changed) <= 1
+
+
+def test_the_surplus_is_what_the_rarest_lacks() -> None:
+    assert surplus([5, 6, 5, 5]) == [(2, 5), (3, 5)]
+    assert surplus([5, 5]) == surplus([]) == []
 
 
 def test_cross_draws_modes_by_the_seed() -> None:

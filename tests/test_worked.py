@@ -14,7 +14,15 @@ from siesta.rl.warmup import written_response
 
 pytest.importorskip("reasoning_gym")
 
-LEVELS = {"chain_sum": 6, "leg_counting": 6, "letter_counting": 6, "spell_backward": 4, "count_bits": 4}
+LEVELS = {
+    "chain_sum": 6,
+    "leg_counting": 6,
+    "letter_counting": 6,
+    "spell_backward": 4,
+    "count_bits": 4,
+    "aiw": 6,
+    "family_relationships": 6,
+}
 EVERY = [(family, level) for family, last in LEVELS.items() for level in range(1, last + 1)]
 SHORT = Mode("short", "<short>", 1, 24)
 THINK = Mode("think", "<think>", 2, 512, answer_after="</think>")
@@ -46,10 +54,46 @@ THINK = Mode("think", "<think>", 2, 512, answer_after="</think>")
         ("letter_counting", {"target_letter": "e", "span": ["The", "end"]}, 2, ["t h e=1", "e=2 n d", "so 2"]),
         ("spell_backward", {"word": "Sun"}, "nuS", ["1S2u3n", "3n2u1S"]),
         ("count_bits", {"number": 6}, 2, ["6 0", "3 1", "1 2", "so 2"]),
+        (
+            "family_relationships",
+            {
+                "question": "Al is married to Bo. They have children called Cy, Di and Ed. Cy is married to Flo.",
+                "person1": "Flo",
+                "person2": "Bo",
+                "relationship": "mother-in-law",
+            },
+            "mother-in-law",
+            ["Al + Bo: Cy Di Ed", "Cy + Flo", "Flo spouse Cy", "Cy parent Bo", "so mother-in-law"],
+        ),
+        (
+            "family_relationships",
+            {
+                "question": "Al is married to Bo. They have a child called Cy.",
+                "person1": "Bo",
+                "person2": "Cy",
+                "relationship": "mother",
+            },
+            "mother",
+            ["Al + Bo: Cy", "Bo child Cy", "so mother"],
+        ),
+        (
+            "aiw",
+            {"question": "Ann has 3 brothers and she also has 4 sisters. How many sisters does Ann's brother have?"},
+            5,
+            ["sisters of Ann 4", "with Ann 4+1=5", "so 5"],
+        ),
+        (
+            "aiw",
+            {"question": "Ann has 2 male colleagues and she also has 9 female colleagues. Bob has 7 female ones."},
+            10,
+            ["female colleagues of Ann 9", "with Ann 9+1=10", "so 10"],
+        ),
     ],
 )
 def test_by_hand(family: str, metadata: dict, answer: object, lines: list[str]) -> None:
-    assert worked(family, {"metadata": metadata, "answer": str(answer)}) == "\n".join(lines)
+    assert worked(
+        family, {"metadata": metadata, "question": metadata.get("question", ""), "answer": str(answer)}
+    ) == "\n".join(lines)
 
 
 @pytest.mark.parametrize(("family", "level"), EVERY)
