@@ -114,6 +114,13 @@ def end_to_end(content: dict) -> str:
         rows.append([name, f"{middle:.2f}", f"{rewards[0]:.4f}", f"{rewards[-1]:.4f}", f"{gap:.4f}"])
         if plain := arm.get("plain_vllm"):
             more.append(f"B3: vLLM alone {plain['alone']:,.0f} tokens/s, through our trainer {plain['ours']:,.0f}.")
+    curves = [[row["reward"] for row in arm["steps"]] for arm in content["arms"].values()]
+    if len({len(curve) for curve in curves}) == 1 < len(curves):
+        gaps = [max(step) - min(step) for step in zip(*curves, strict=True)]
+        more.append(
+            f"The rewards of a step differ by {sum(gaps) / len(gaps):.4f} on average and by {max(gaps):.4f} at most, "
+            f"over {len(gaps)} steps."
+        )
     header = ["arm", "median s a step", "first reward", "last reward", "largest mean log-prob. gap to vLLM"]
     return "\n\n".join([table(header, rows), *more])
 
