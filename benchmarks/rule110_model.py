@@ -104,6 +104,12 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
     return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
 
 
+def pick(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """table[index] for index (B,), as a product: its gradient is one too, where that of an index is a slow scatter."""
+    chosen = index[:, None] == torch.arange(len(table), device=table.device)
+    return torch.tensordot(chosen.to(table.dtype), table, 1)
+
+
 def linear(inputs: int, outputs: int, scale: float = 1.0) -> nn.Linear:
     """A layer without bias, its weights drawn with deviation scale / sqrt(3 inputs)."""
     layer = nn.Linear(inputs, outputs, bias=False)
@@ -205,6 +211,10 @@ class Hybrid(nn.Module):
         side = self.shape.width // self.shape.heads
         return [self.last.new_zeros(batch, self.shape.heads, side, side) for _ in self.delta]
 
+    def embed(self, bits: torch.Tensor) -> torch.Tensor:
+        """Vectors of bits, (...) -> (..., d)."""
+        return self.bit[0] + bits[..., None] * (self.bit[1] - self.bit[0])
+
     def one_pass(self, hidden: torch.Tensor, states: States) -> tuple[torch.Tensor, States]:
         """All blocks once over a window (B, T, d): what leaves the last one, and S after it."""
         after = []
@@ -222,7 +232,7 @@ class Hybrid(nn.Module):
             depth: Place of t in `DEPTHS`, (B,), long.
             passes: N, over each window.
         """
-        embedded = self.bit[bits] + self.depth[depth][:, None, None] + self.place
+        embedded = self.embed(bits) + pick(self.depth, depth)[:, None, None] + self.place
         states = self.empty(len(bits))
         for window in embedded.unbind(1):
             hidden = window
@@ -241,7 +251,7 @@ class Hybrid(nn.Module):
 
     def recalled(self, states: States, which: torch.Tensor) -> torch.Tensor:
         """Logits (B, bits, OUTPUTS) of the first window of `think`: row `which` (B,) as it was read."""
-        return self.wake(states, self.place[which] + self.recall)
+        return self.wake(states, pick(self.place, which) + self.recall)
 
     def written(self, states: States, which: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
         """Logits (B, bits, OUTPUTS) of one more window of `think`: `row` (B, bits) after one more step.
@@ -249,4 +259,4 @@ class Hybrid(nn.Module):
         Each place reads the bit to its right, so that it and the two places before it know all it needs. The first two
         places lack their left neighbours, and what they get wrong moves in by a place a step.
         """
-        return self.wake(states, self.bit[row.roll(-1, 1)] + self.place[which] + self.write)
+        return self.wake(states, self.embed(row.roll(-1, 1)) + pick(self.place, which) + self.write)

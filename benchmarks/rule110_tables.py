@@ -1,0 +1,195 @@
+"""Fills the marked blocks of docs/results/sleep_rule110.md from the JSON of finished arms.
+
+    python -m benchmarks.rule110_tables        # reads docs/results/rule110/*.json
+
+Which learning rate was chosen, and which arm has the compute of which, is read from the arms themselves: rates from
+the loss on validation rows of those of one depth, N, seed and number of steps, of which the first seed has several.
+"""
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from benchmarks.mode_selection_tables import cell, replace_block
+from benchmarks.speed_tables import DOCS, table
+
+NOTHING = "Not measured yet."
+HEADER = "# A longer sleep on Rule 110\n"
+CONTROLS = ("slept", "zeroed", "shuffled", "majority")
+
+
+def read_results(folder: Path) -> dict[str, dict]:
+    """Arm -> its JSON."""
+    found = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+    return {name: content for name, content in found.items() if "arm" in content}
+
+
+def validation_loss(result: dict, depth: int) -> float:
+    """Mean loss of `short` on validation rows of one depth."""
+    return result["validation"][str(depth)]["slept"]["loss"]
+
+
+def plain(results: dict[str, dict], depth: int) -> list[dict]:
+    """The arms of one depth without modes."""
+    return [r for r in results.values() if r["arm"]["depths"] == [depth] and not r["arm"]["modes"]]
+
+
+def depths_of(results: dict[str, dict]) -> list[int]:
+    """Every t that has arms of its own."""
+    return sorted({r["arm"]["depths"][0] for r in results.values() if not r["arm"]["modes"]})
+
+
+def equal_tokens(arms: Sequence[dict]) -> dict[int, list[dict]]:
+    """N -> the arms at its chosen rate, one a seed, all with the fewest steps that any arm of the depth has."""
+    steps = min(arm["arm"]["steps"] for arm in arms)
+    found: dict[int, list[dict]] = {}
+    for n in sorted({arm["arm"]["passes"] for arm in arms}):
+        mine = [arm for arm in arms if (arm["arm"]["passes"], arm["arm"]["steps"]) == (n, steps)]
+        depth = mine[0]["arm"]["depths"][0]
+        rate = min(mine, key=lambda arm: validation_loss(arm, depth))["arm"]["rate"]
+        first = min(arm["arm"]["seed"] for arm in mine)
+        tuned = [arm for arm in mine if arm["arm"]["seed"] == first]
+        rate = min(tuned, key=lambda arm: validation_loss(arm, depth))["arm"]["rate"]
+        found[n] = [arm for arm in mine if arm["arm"]["rate"] == rate]
+    return found
+
+
+def equal_compute(arms: Sequence[dict], passes: int) -> list[dict]:
+    """The arms of N = 1 with as many passes over windows as those of `passes` at equal tokens, one a seed."""
+    steps = min(arm["arm"]["steps"] for arm in arms) * (4 * passes + 1) // 5
+    return [arm for arm in arms if (arm["arm"]["passes"], arm["arm"]["steps"]) == (1, steps)]
+
+
+def percent(arms: Iterable[dict], depth: int, control: str, kind: str) -> str:
+    """Mean and range over seeds of an accuracy on test rows; "not run" without arms."""
+    values: list[float | None] = [100 * arm["test"][str(depth)][control][kind] for arm in arms]
+    return cell(values, 1) if values else "not run"
+
+
+def accuracy(results: dict[str, dict], speed: dict | None) -> str:
+    """The main table: N at equal tokens, N = 1 at the compute of that N, what waking costs."""
+    rows = []
+    for depth in depths_of(results):
+        arms = plain(results, depth)
+        for n, mine in equal_tokens(arms).items():
+            more = equal_compute(arms, n) if n > 1 else []
+            line = [depth, n, f"{mine[0]['arm']['rate']:g}", f"{mine[0]['tokens'] / 1e6:.0f}", len(mine)]
+            for kind in ("all", "each"):
+                line += [percent(mine, depth, "slept", kind), percent(more, depth, "slept", kind) if n > 1 else "="]
+            if speed and str(n) in speed["passes"]:
+                wake = speed["passes"][str(n)]["wake_1"]["median"]
+                line += [f"{1000 * wake:.2f}", f"{speed['shape']['state_bytes']:,}"]
+            else:
+                line += ["not run", "not run"]
+            rows.append(line)
+    header = ["t", "N", "rate", "tokens, M", "seeds", "all four %, equal tokens", "all four %, N = 1 at equal compute"]
+    header += ["each %, equal tokens", "each %, N = 1 at equal compute", "wake, ms a query", "state, bytes"]
+    return table(header, rows) if rows else NOTHING
+
+
+def controls(results: dict[str, dict]) -> str:
+    """Answers from the state, from no state and from another context's, beside the more frequent answer."""
+    rows = []
+    for depth in depths_of(results):
+        for n, mine in equal_tokens(plain(results, depth)).items():
+            cells = [percent(mine, depth, control, kind) for kind in ("all", "each") for control in CONTROLS]
+            rows.append([depth, n, *cells])
+    header = ["t", "N", *(f"{kind} %, {control}" for kind in ("all four", "each") for control in CONTROLS)]
+    return table(header, rows) if rows else NOTHING
+
+
+def rates(results: dict[str, dict]) -> str:
+    """The grids: loss on validation rows by which the rate was chosen, and accuracy on the same rows."""
+    rows = []
+    for depth in depths_of(results):
+        arms = plain(results, depth)
+        best = {n: mine[0]["arm"]["rate"] for n, mine in equal_tokens(arms).items()}
+        steps, first = (min(arm["arm"][key] for arm in arms) for key in ("steps", "seed"))
+        tuned = [arm for arm in arms if (arm["arm"]["steps"], arm["arm"]["seed"]) == (steps, first)]
+        for arm in sorted(tuned, key=lambda arm: (arm["arm"]["passes"], arm["arm"]["rate"])):
+            n, rate = arm["arm"]["passes"], arm["arm"]["rate"]
+            scores = arm["validation"][str(depth)]["slept"]
+            mark = "chosen" if rate == best[n] else ""
+            rows.append([depth, n, f"{rate:g}", f"{scores['loss']:.4f}", f"{100 * scores['all']:.1f}", mark])
+    return table(["t", "N", "rate", "validation loss", "all four %", ""], rows) if rows else NOTHING
+
+
+def costs(speed: dict | None) -> str:
+    """What grows with N and what does not."""
+    if speed is None:
+        return NOTHING
+    batch, rows = speed["batch"], []
+    for n, found in speed["passes"].items():
+        names = ("train", "sleep_1", f"sleep_{batch}", "wake_1", f"wake_{batch}")
+        ms = {name: 1000 * found[name]["median"] for name in names}
+        many = [
+            f"{ms[f'sleep_{batch}'] / batch:.4f}",
+            f"{ms['wake_1']:.2f}",
+            f"{ms[f'wake_{batch}'] / (4 * batch):.5f}",
+        ]
+        rows.append([n, f"{ms['train']:.1f}", f"{ms['sleep_1']:.2f}", *many])
+    header = ["N", "training step, ms", "sleep of one context, ms", f"of {batch}, ms a context", "wake, ms a query"]
+    sizes = f"State: {speed['shape']['state_bytes']:,} bytes; keys and values: {speed['shape']['kv_bytes']:,} in bf16."
+    lines = table([*header, f"of {4 * batch} at once, ms a query"], rows)
+    return f"{lines}\n\n{sizes} {speed['parameters'] / 1e6:.2f}M parameters. {speed['environment']['device']}."
+
+
+def modes(results: dict[str, dict]) -> str:
+    """P(think) and what every policy is worth by N and t, before and after RL."""
+    arms = [r for r in results.values() if r["arm"]["modes"]]
+    rows = []
+    for n in sorted({arm["arm"]["passes"] for arm in arms}):
+        mine = [arm["modes"] for arm in arms if arm["arm"]["passes"] == n]
+        for t in mine[0]["after"]:
+
+            def over(stage: str, *keys: str, scale: float = 100.0, mine=mine, t=t) -> str:
+                values = []
+                for found in mine:
+                    value = found[stage][t]
+                    for key in keys:
+                        value = value[key]
+                    values.append(scale * value)
+                return cell(values, 1)
+
+            short, long = (over("after", f"always-{name}", "accuracy") for name in ("short", "think"))
+            think = [over("before", "prob_think"), over("after", "prob_think"), over("after", "free", "think")]
+            free = [over("after", "free", "accuracy"), over("after", "free", "passes", scale=1.0)]
+            rows.append([n, t, len(mine), *think, short, long, *free, over("after", "oracle", "think")])
+    header = [
+        "N",
+        "t",
+        "seeds",
+        "P(think) % before RL",
+        "after",
+        "chooses think %",
+        "always-short %",
+        "always-think %",
+    ]
+    header += ["free choice %", "its wake passes", "oracle thinks %"]
+    return table(header, rows) if rows else NOTHING
+
+
+def write_page(docs: Path) -> None:
+    """Fill the blocks of `docs`/sleep_rule110.md from `docs`/rule110/*.json, and print the main table."""
+    results = read_results(docs / "rule110")
+    file = docs / "rule110" / "speed.json"
+    speed = json.loads(file.read_text()) if file.exists() else None
+    page = docs / "sleep_rule110.md"
+    text = page.read_text(encoding="utf-8") if page.exists() else HEADER
+    blocks = {"accuracy": accuracy(results, speed), "controls": controls(results), "rates": rates(results)}
+    for name, content in (blocks | {"costs": costs(speed), "modes": modes(results)}).items():
+        text = replace_block(text, name, content)
+    page.write_text(text, encoding="utf-8")
+    print(blocks["accuracy"])
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder with sleep_rule110.md and rule110/")
+    write_page(parser.parse_args().docs)
+
+
+if __name__ == "__main__":
+    main()
