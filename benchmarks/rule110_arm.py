@@ -166,7 +166,7 @@ def train(model: Hybrid, arm: Arm, sizes: Sizes, device: str) -> dict:
             optimizer.step()
     synchronize(device)
     seconds = time.perf_counter() - start
-    eighths = [part.mean().item() for part in losses.tensor_split(8)]
+    eighths = [part.mean().item() for part in losses.tensor_split(min(8, len(losses)))]
     return {"losses": eighths, "ms_a_step": 1000 * seconds / arm.steps}
 
 

@@ -134,5 +134,5 @@ def learn_modes(model: Hybrid, arm: Arm, sizes: Sizes, device: str) -> dict:
         optimizer.step()
         losses[step] = loss.detach()
     after = policies(model, test, arm.passes, sizes.batch)
-    eighths = [part.mean().item() for part in losses.tensor_split(8)]
+    eighths = [part.mean().item() for part in losses.tensor_split(min(8, len(losses)))]
     return {"price": PRICE, "tau": TAU, "before": before, "after": after, "losses": eighths}

@@ -4,7 +4,7 @@
 
 On a GPU each is one CUDA graph over compiled blocks, so that what is timed is the card and not Python. The step is the
 forward and backward pass; the optimizers come on top and are alike for all N. Wake is one window that asks all four
-rows: of one context (latency) and of a whole batch (throughput).
+rows: of a whole batch (throughput) and of one context (latency).
 """
 
 from collections.abc import Callable
@@ -33,16 +33,16 @@ def timed(model: Hybrid, passes: int, sizes: Sizes, device: str, depth: int) -> 
     """Seconds of each piece at N passes."""
     rows = rule110_rows.make(sizes.batch, sizes.shape.bits, [depth], "train", 0).map(lambda part: part.to(device))
     bits = to_bits(rows.rows, sizes.shape.bits)
-    pieces = {"train": gradients(model, rows, passes, modes=False)}
-    for count in (1, sizes.batch):
-        with torch.no_grad():
-            states = model.sleep(bits[:count], rows.depth[:count], passes)
-
-        def asleep(count: int = count) -> torch.Tensor:
-            return model.sleep(bits[:count], rows.depth[:count], passes)[-1]
-
-        pieces[f"sleep_{count}"] = still(asleep, model, device)
-        pieces[f"wake_{count}"] = still(lambda states=states: model.answer(states), model, device)
+    with torch.no_grad():
+        states = model.sleep(bits, rows.depth, passes)
+    one = [state[:1].clone() for state in states]
+    runs = {
+        "sleep": lambda: model.sleep(bits, rows.depth, passes)[-1],
+        "wake": lambda: model.answer(states),
+        "wake_one": lambda: model.answer(one),
+    }
+    pieces = {name: still(run, model, device) for name, run in runs.items()}
+    pieces["train"] = gradients(model, rows, passes, modes=False)
     return measure(pieces, warmups=2, repeats=10, device=device)
 
 

@@ -78,8 +78,8 @@ def accuracy(results: dict[str, dict], speed: dict | None) -> str:
             for kind in ("all", "each"):
                 line += [percent(mine, depth, "slept", kind), percent(more, depth, "slept", kind) if n > 1 else "="]
             if speed and str(n) in speed["passes"]:
-                wake = speed["passes"][str(n)]["wake_1"]["median"]
-                line += [f"{1000 * wake:.2f}", f"{speed['shape']['state_bytes']:,}"]
+                wake = speed["passes"][str(n)]["wake_one"]["median"]
+                line += [f"{1000 * wake:.3f}", f"{speed['shape']['state_bytes']:,}"]
             else:
                 line += ["not run", "not run"]
             rows.append(line)
