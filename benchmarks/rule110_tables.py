@@ -121,15 +121,10 @@ def costs(speed: dict | None) -> str:
         return NOTHING
     batch, rows = speed["batch"], []
     for n, found in speed["passes"].items():
-        names = ("train", "sleep_1", f"sleep_{batch}", "wake_1", f"wake_{batch}")
-        ms = {name: 1000 * found[name]["median"] for name in names}
-        many = [
-            f"{ms[f'sleep_{batch}'] / batch:.4f}",
-            f"{ms['wake_1']:.2f}",
-            f"{ms[f'wake_{batch}'] / (4 * batch):.5f}",
-        ]
-        rows.append([n, f"{ms['train']:.1f}", f"{ms['sleep_1']:.2f}", *many])
-    header = ["N", "training step, ms", "sleep of one context, ms", f"of {batch}, ms a context", "wake, ms a query"]
+        ms = {name: 1000 * piece["median"] for name, piece in found.items()}
+        wake = [f"{ms['wake_one']:.3f}", f"{ms['wake'] / (4 * batch):.5f}"]
+        rows.append([n, f"{ms['train']:.1f}", f"{ms['sleep'] / batch:.4f}", *wake])
+    header = ["N", "training step, ms", f"sleep of {batch}, ms a context", "wake, ms a query"]
     sizes = f"State: {speed['shape']['state_bytes']:,} bytes; keys and values: {speed['shape']['kv_bytes']:,} in bf16."
     lines = table([*header, f"of {4 * batch} at once, ms a query"], rows)
     return f"{lines}\n\n{sizes} {speed['parameters'] / 1e6:.2f}M parameters. {speed['environment']['device']}."
