@@ -229,21 +229,35 @@ def test_the_page_says_what_the_arms_show(tmp_path: Path) -> None:
     assert text.count("Not measured yet.") == 2  # costs, modes
 
 
-def test_arms_the_speed_and_the_page_fit_together(tmp_path: Path) -> None:
-    folder = tmp_path / "rule110"
-    for arm in (MODES, Arm((1,), 1, 4e-3, 0, 2)):
-        text = json.dumps({"depths": arm.depths, "passes": arm.passes, "rate": arm.rate, "seed": 0, "steps": 2})
-        text = text.replace("}", ', "modes": true}') if arm.modes else text
-        file = folder / f"{arm.name}.json"
-        assert rule110_arm.main([text, "--out", str(file), "--cpu", "--tiny"]) == 0
-        assert [path.suffix for path in folder.glob(f"{arm.name}.*")] == [".json"]
-    rule110_speed.main(["--passes", "1", "--out", str(folder / "speed.json"), "--cpu", "--tiny"])
-    rule110_tables.write_page(tmp_path)
+def test_the_command_runs_all_arms_fills_the_page_and_does_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+
+    def here(module: str, arguments: list[str], file: Path, logs: Path, place: dict) -> int:
+        started.append(file.stem)
+        run = {"benchmarks.rule110_speed": rule110_speed.main, "benchmarks.rule110_arm": rule110_arm.main}[module]
+        return run([*arguments, "--out", str(file)]) or 0
+
+    monkeypatch.setattr(rule110, "run_process", here)
+    monkeypatch.setattr(rule110, "TINY", rule110.Schedule({1: rule110.Grid(2, (4e-3,))}, (1, 2), (0,), (1, 2), 2))
+    for _ in range(2):
+        rule110.main(["--cpu", "--tiny", "--out", str(tmp_path)])
+    kinds = ["speed", "t1_n1_lr0.004_s0_2", "t1_n2_lr0.004_s0_2", "t1_n1_lr0.004_s0_3"]
+    assert started == [*kinds, "modes_n1_lr0.004_s0_2", "modes_n2_lr0.004_s0_2"]
+    assert not list((tmp_path / "rule110").glob("*.part"))
     text = (tmp_path / "sleep_rule110.md").read_text(encoding="utf-8")
     assert "Not measured yet." not in text
+    assert "not run" not in text
     assert "State: 1,024 bytes; keys and values: 4,096 in bf16." in text
-    for line in text.split("\n\n"):
-        assert len({row.count("|") for row in line.splitlines() if row.startswith("|")}) <= 1
+    for block in text.split("<!--"):
+        assert len({row.count("|") for row in block.splitlines() if row.startswith("|")}) <= 1
+
+
+def test_an_arm_is_a_process_and_what_it_says_is_in_its_log(tmp_path: Path) -> None:
+    code = rule110.run_process("benchmarks.rule110_arm", ["{}", "--cpu"], tmp_path / "x.json", tmp_path, {})
+    assert code == 2
+    assert "give depths, passes, rate, seed, steps, modes as JSON" in (tmp_path / "x.log").read_text()
 
 
 def test_a_wrong_arm_is_told_in_one_line(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
