@@ -30,6 +30,7 @@ from siesta.data.tasks.rule110 import DEPTHS, QUERIES
 
 P = ParamSpec("P")
 R = TypeVar("R")
+FRESH = 10_000  # seed of the rows that are measured; of the train split, new draws
 BLIND = 2  # places of a window of `think` that lack a left neighbour, see `Hybrid.written`
 
 
@@ -236,8 +237,8 @@ def run(arm: Arm, sizes: Sizes, device: str) -> dict:
     model = prepared(sizes, arm.seed, device)
     content: dict = {"arm": asdict(arm) | {"name": arm.name}, "training": train(model, arm, sizes, device)}
     content["tokens"] = arm.steps * sizes.batch * QUERIES * (sizes.shape.bits + 1)
-    for split in ("validation", "test"):
-        rows = rule110_rows.make(sizes.held_out, sizes.shape.bits, arm.depths, split, seed=0)
+    for split in ("train", "validation", "test"):
+        rows = rule110_rows.make(sizes.held_out, sizes.shape.bits, arm.depths, split, seed=FRESH)
         content[split] = evaluate(model, rows.map(lambda part: part.to(device)), arm.passes, sizes.batch)
     if arm.modes:
         from benchmarks.rule110_modes import learn_modes  # it builds on this module

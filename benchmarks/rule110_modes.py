@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks import rule110_rows
-from benchmarks.rule110_arm import Arm, Sizes, without_gradients
+from benchmarks.rule110_arm import FRESH, Arm, Sizes, without_gradients
 from benchmarks.rule110_model import Hybrid, States
 from benchmarks.rule110_rows import Rows, to_bits
 from siesta.data.tasks.rule110 import DEPTHS
@@ -119,7 +119,7 @@ def learn_modes(model: Hybrid, arm: Arm, sizes: Sizes, device: str) -> dict:
     def rows(split: str, count: int, seed: int) -> Rows:
         return rule110_rows.make(count, sizes.shape.bits, arm.depths, split, seed).map(lambda part: part.to(device))
 
-    test = rows("test", sizes.held_out, 0)
+    test = rows("test", sizes.held_out, FRESH)
     seen = rows("train", sizes.rl_steps * sizes.batch, arm.seed + OWN_ROWS)
     steps = seen.map(lambda part: part.unflatten(0, (sizes.rl_steps, sizes.batch)))
     generator = torch.Generator(device).manual_seed(arm.seed)

@@ -43,7 +43,7 @@ def timed(model: Hybrid, passes: int, sizes: Sizes, device: str, depth: int) -> 
     }
     pieces = {name: still(run, model, device) for name, run in runs.items()}
     pieces["train"] = gradients(model, rows, passes, modes=False)
-    return measure(pieces, warmups=2, repeats=10, device=device)
+    return measure(pieces, warmups=2, repeats=10 if device == "cuda" else 2, device=device)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -43,15 +43,14 @@ def depths_of(results: dict[str, dict]) -> list[int]:
 def equal_tokens(arms: Sequence[dict]) -> dict[int, list[dict]]:
     """N -> the arms at its chosen rate, one a seed, all with the fewest steps that any arm of the depth has."""
     steps = min(arm["arm"]["steps"] for arm in arms)
+    short = [arm for arm in arms if arm["arm"]["steps"] == steps]
     found: dict[int, list[dict]] = {}
-    for n in sorted({arm["arm"]["passes"] for arm in arms}):
-        mine = [arm for arm in arms if (arm["arm"]["passes"], arm["arm"]["steps"]) == (n, steps)]
-        depth = mine[0]["arm"]["depths"][0]
-        rate = min(mine, key=lambda arm: validation_loss(arm, depth))["arm"]["rate"]
+    for n in sorted({arm["arm"]["passes"] for arm in short}):
+        mine = [arm for arm in short if arm["arm"]["passes"] == n]
         first = min(arm["arm"]["seed"] for arm in mine)
         tuned = [arm for arm in mine if arm["arm"]["seed"] == first]
-        rate = min(tuned, key=lambda arm: validation_loss(arm, depth))["arm"]["rate"]
-        found[n] = [arm for arm in mine if arm["arm"]["rate"] == rate]
+        best = min(tuned, key=lambda arm: validation_loss(arm, arm["arm"]["depths"][0]))
+        found[n] = [arm for arm in mine if arm["arm"]["rate"] == best["arm"]["rate"]]
     return found
 
 
@@ -61,9 +60,9 @@ def equal_compute(arms: Sequence[dict], passes: int) -> list[dict]:
     return [arm for arm in arms if (arm["arm"]["passes"], arm["arm"]["steps"]) == (1, steps)]
 
 
-def percent(arms: Iterable[dict], depth: int, control: str, kind: str) -> str:
-    """Mean and range over seeds of an accuracy on test rows; "not run" without arms."""
-    values: list[float | None] = [100 * arm["test"][str(depth)][control][kind] for arm in arms]
+def percent(arms: Iterable[dict], depth: int, control: str, kind: str, split: str = "test") -> str:
+    """Mean and range over seeds of an accuracy on rows of a split; "not run" without arms."""
+    values: list[float | None] = [100 * arm[split][str(depth)][control][kind] for arm in arms]
     return cell(values, 1) if values else "not run"
 
 
@@ -77,6 +76,7 @@ def accuracy(results: dict[str, dict], speed: dict | None) -> str:
             line = [depth, n, f"{mine[0]['arm']['rate']:g}", f"{mine[0]['tokens'] / 1e6:.0f}", len(mine)]
             for kind in ("all", "each"):
                 line += [percent(mine, depth, "slept", kind), percent(more, depth, "slept", kind) if n > 1 else "="]
+            line.append(percent(mine, depth, "slept", "all", "train"))
             if speed and str(n) in speed["passes"]:
                 wake = speed["passes"][str(n)]["wake_one"]["median"]
                 line += [f"{1000 * wake:.3f}", f"{speed['shape']['state_bytes']:,}"]
@@ -84,7 +84,8 @@ def accuracy(results: dict[str, dict], speed: dict | None) -> str:
                 line += ["not run", "not run"]
             rows.append(line)
     header = ["t", "N", "rate", "tokens, M", "seeds", "all four %, equal tokens", "all four %, N = 1 at equal compute"]
-    header += ["each %, equal tokens", "each %, N = 1 at equal compute", "wake, ms a query", "state, bytes"]
+    header += ["each %, equal tokens", "each %, N = 1 at equal compute", "all four %, training patterns"]
+    header += ["wake, ms a query", "state, bytes"]
     return table(header, rows) if rows else NOTHING
 
 

@@ -148,7 +148,8 @@ def result(arm: Arm, loss: float, right: float, name: str = "") -> dict:
     scores = {"slept": score | {"loss": loss}} | {c: {"each": 0.6, "all": 0.1} for c in rule110_tables.CONTROLS[1:]}
     found = {str(t): scores for t in arm.depths}
     fields = {name: getattr(arm, name) for name in Arm.__dataclass_fields__} | {"depths": list(arm.depths)}
-    return {"arm": fields | {"name": arm.name}, "validation": found, "test": found, "tokens": arm.steps * 51200}
+    splits = dict.fromkeys(rule110_rows.SPLITS, found)
+    return {"arm": fields | {"name": arm.name}, **splits, "tokens": arm.steps * 51200}
 
 
 def store(folder: Path, results: list[dict]) -> None:
@@ -221,7 +222,10 @@ def test_the_page_says_what_the_arms_show(tmp_path: Path) -> None:
     page.write_text((DOCS / "sleep_rule110.md").read_text(encoding="utf-8"), encoding="utf-8")
     rule110_tables.write_page(tmp_path)
     text = page.read_text(encoding="utf-8")
-    assert "| 8 | 4 | 0.008 | 26 | 2 | 38.5 (35.0-42.0) | 45.0 | 77.0 (70.0-84.0) | 90.0 | not run | not run |" in text
+    assert (
+        "| 8 | 4 | 0.008 | 26 | 2 | 38.5 (35.0-42.0) | 45.0 | 77.0 (70.0-84.0) | 90.0 | 38.5 (35.0-42.0) | not run |"
+        in text
+    )
     assert "| 8 | 2 | 0.002 | 26 | 2 | 38.0 (35.0-41.0) | not run |" in text
     assert "| 8 | 1 | 0.004 | 26 | 2 | 37.8 (35.0-40.5) | = |" in text
     assert "| 8 | 4 | 0.008 | 0.1000 | 42.0 | chosen |" in text
