@@ -126,6 +126,10 @@ class Budget:
     start: float = field(default_factory=time.monotonic)
     lock: Lock = field(default_factory=Lock)
 
+    def catch_up(self) -> None:
+        """Put what was estimated right, at a moment when no arm runs."""
+        self.given = self.cards * (time.monotonic() - self.start)
+
     def take(self, seconds: float) -> bool:
         """Whether an arm of so many seconds still fits; if it does, they are its own."""
         with self.lock:
@@ -145,6 +149,7 @@ def run_wave(
     arms: Sequence[Arm], places: Sequence[Place], budget: Budget, folder: Path, extra: list[str]
 ) -> list[str]:
     """Run arms in as many processes as there are places. Returns the names of those that failed."""
+    budget.catch_up()
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     free: Queue[Place] = Queue()
@@ -158,9 +163,7 @@ def run_wave(
         place = free.get()
         try:
             if not budget.take(estimate(arm) + START * budget.cards / len(places)):
-                print(
-                    f"{arm.name}: left out, its {estimate(arm):.0f} s do not fit into --minutes any more", flush=True
-                )
+                print(f"{arm.name}: left out, {estimate(arm):.0f} s no longer fit into --minutes", flush=True)
                 return None
             code = run_process("benchmarks.rule110_arm", [json.dumps(asdict(arm)), *extra], file, logs, place)
         finally:

@@ -194,6 +194,9 @@ def test_an_arm_that_does_not_fit_is_left_out_and_a_shorter_one_still_runs() -> 
     assert [budget.take(seconds) for seconds in (60, 60, 30, 30)] == [True, False, True, False]
     assert Budget(100, cards=2).take(99)
     assert not Budget(0).take(1)
+    budget.start -= 40  # by the clock, 90 estimated seconds took 40
+    budget.catch_up()
+    assert [budget.take(seconds) for seconds in (61, 59)] == [False, True]
 
 
 def test_finished_arms_are_skipped_and_failures_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
