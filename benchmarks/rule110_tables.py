@@ -9,6 +9,7 @@ the loss on validation rows of those of one depth, N, seed and number of steps, 
 import argparse
 import json
 from collections.abc import Iterable, Sequence
+from functools import partial, reduce
 from pathlib import Path
 
 from benchmarks.mode_selection_tables import cell, replace_block
@@ -16,6 +17,7 @@ from benchmarks.speed_tables import DOCS, table
 
 NOTHING = "Not measured yet."
 HEADER = "# A longer sleep on Rule 110\n"
+MARGIN = 0.01  # by which a control may exceed the more frequent answer
 CONTROLS = ("slept", "zeroed", "shuffled", "majority")
 
 
@@ -91,13 +93,18 @@ def accuracy(results: dict[str, dict], speed: dict | None) -> str:
 
 def controls(results: dict[str, dict]) -> str:
     """Answers from the state, from no state and from another context's, beside the more frequent answer."""
-    rows = []
+    rows, above = [], []
     for depth in depths_of(results):
         for n, mine in equal_tokens(plain(results, depth)).items():
             cells = [percent(mine, depth, control, kind) for kind in ("all", "each") for control in CONTROLS]
             rows.append([depth, n, *cells])
+            for name in ("zeroed", "shuffled"):
+                gaps = [arm["test"][str(depth)] for arm in mine]
+                if max(gap[name]["each"] - gap["majority"]["each"] for gap in gaps) > MARGIN:
+                    above.append(f"{name} at t = {depth}, N = {n}")
     header = ["t", "N", *(f"{kind} %, {control}" for kind in ("all four", "each") for control in CONTROLS)]
-    return table(header, rows) if rows else NOTHING
+    verdict = f"More than a point above the more frequent answer (each): {', '.join(above) or 'none'}."
+    return f"{table(header, rows)}\n\n{verdict}" if rows else NOTHING
 
 
 def rates(results: dict[str, dict]) -> str:
@@ -131,38 +138,30 @@ def costs(speed: dict | None) -> str:
     return f"{lines}\n\n{sizes} {speed['parameters'] / 1e6:.2f}M parameters. {speed['environment']['device']}."
 
 
+def mean_over(found: list[dict], stage: str, ts: list[str], *keys: str, scale: float = 100.0) -> str:
+    """Mean and range over seeds of a number of `policies`, itself the mean over some t."""
+    values: list[float | None] = []
+    for run in found:
+        numbers = [reduce(lambda part, key: part[key], keys, run[stage][t]) for t in ts]
+        values.append(scale * sum(numbers) / len(numbers))
+    return cell(values, 1)
+
+
 def modes(results: dict[str, dict]) -> str:
-    """P(think) and what every policy is worth by N and t, before and after RL."""
+    """P(think) and what every policy is worth by N and t, and over all t, before and after RL."""
     arms = [r for r in results.values() if r["arm"]["modes"]]
     rows = []
     for n in sorted({arm["arm"]["passes"] for arm in arms}):
         mine = [arm["modes"] for arm in arms if arm["arm"]["passes"] == n]
-        for t in mine[0]["after"]:
-
-            def over(stage: str, *keys: str, scale: float = 100.0, mine=mine, t=t) -> str:
-                values = []
-                for found in mine:
-                    value = found[stage][t]
-                    for key in keys:
-                        value = value[key]
-                    values.append(scale * value)
-                return cell(values, 1)
-
-            short, long = (over("after", f"always-{name}", "accuracy") for name in ("short", "think"))
-            think = [over("before", "prob_think"), over("after", "prob_think"), over("after", "free", "think")]
-            free = [over("after", "free", "accuracy"), over("after", "free", "passes", scale=1.0)]
-            rows.append([n, t, len(mine), *think, short, long, *free, over("after", "oracle", "think")])
-    header = [
-        "N",
-        "t",
-        "seeds",
-        "P(think) % before RL",
-        "after",
-        "chooses think %",
-        "always-short %",
-        "always-think %",
-    ]
-    header += ["free choice %", "its wake passes", "oracle thinks %"]
+        every = list(mine[0]["after"])
+        for name, ts in [*((t, [t]) for t in every), ("all", every)]:
+            before = mean_over(mine, "before", ts, "prob_think")
+            after = partial(mean_over, mine, "after", ts)
+            cells = [before, after("prob_think"), after("free", "think"), after("oracle", "think")]
+            cells += [after(policy, "accuracy") for policy in ("always-short", "always-think", "free")]
+            rows.append([n, name, len(mine), *cells, after("free", "passes", scale=1.0)])
+    header = ["N", "t", "seeds", "P(think) % before RL", "after", "chooses think %", "oracle thinks %"]
+    header += ["always-short %", "always-think %", "free choice %", "its wake passes"]
     return table(header, rows) if rows else NOTHING
 
 

@@ -233,7 +233,26 @@ def test_the_page_says_what_the_arms_show(tmp_path: Path) -> None:
     assert "| 8 | 1 | 0.004 | 26 | 2 | 37.8 (35.0-40.5) | = |" in text
     assert "| 8 | 4 | 0.008 | 0.1000 | 42.0 | chosen |" in text
     assert "| 8 | 4 | 38.5 (35.0-42.0) | 10.0 | 10.0 | 10.0 |" in text
+    assert "More than a point above the more frequent answer (each): none." in text
     assert text.count("Not measured yet.") == 2  # costs, modes
+
+
+def test_a_control_that_knows_more_than_a_guess_and_means_over_depths_are_told() -> None:
+    arm = Arm((8,), 1, 4e-3, 0, 500)
+    leaks = result(arm, 0.1, 0.9)
+    leaks["test"] = {"8": leaks["test"]["8"] | {"shuffled": {"each": 0.62, "all": 0.1}}}
+    assert "(each): shuffled at t = 8, N = 1." in rule110_tables.controls({arm.name: leaks})
+
+    def policies(think: float) -> dict:
+        same = {"accuracy": think, "passes": 2.0, "think": think}
+        return {"prob_think": think} | dict.fromkeys(("always-short", "always-think", "free", "oracle"), same)
+
+    learned = result(MODES, 0.1, 0.9)
+    learned["modes"] = {"before": {"1": policies(0.5), "2": policies(0.5)}}
+    learned["modes"]["after"] = {"1": policies(0.1), "2": policies(0.7)}
+    lines = rule110_tables.modes({MODES.name: learned}).splitlines()
+    assert lines[2].startswith("| 2 | 1 | 1 | 50.0 | 10.0 | 10.0 |")
+    assert lines[4] == "| 2 | all | 1 | 50.0 | 40.0 | 40.0 | 40.0 | 40.0 | 40.0 | 40.0 | 2.0 |"
 
 
 def test_the_command_runs_all_arms_fills_the_page_and_does_nothing_twice(
