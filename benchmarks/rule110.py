@@ -56,7 +56,7 @@ class Schedule:
 FULL = Schedule(
     {8: Grid(500, (2e-3, 4e-3, 8e-3)), 12: Grid(600, (2e-3, 4e-3)), 16: Grid(1500, (2e-3,))},
 )
-TINY = Schedule({1: Grid(4, (2e-3, 4e-3))}, (1, 2), (0, 1), (1, 2), 4)
+TINY = Schedule({1: Grid(4, (2e-3, 4e-3))}, (1, 2), (0,), (1, 2), 4)
 
 
 def window_passes(passes: int) -> int:
