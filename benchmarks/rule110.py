@@ -1,13 +1,13 @@
 """Does a longer sleep help, and when? Rule 110 at N = 1, 2, 4 passes, at equal tokens and at equal compute.
 
-    python -m benchmarks.rule110 --jobs 3 --minutes 13            # all arms on one card, then the page
+    python -m benchmarks.rule110 --jobs 3 --minutes 14            # all arms on one card, then the page
     python -m benchmarks.rule110 --plan                           # the arms and their estimated seconds, runs nothing
-    python -m benchmarks.rule110 --cpu --tiny --jobs 2            # two minutes on two cores, learns nothing
+    python -m benchmarks.rule110 --cpu --tiny --jobs 2            # a minute or two on two cores, learns nothing
     python -m benchmarks.rule110 --tables                         # the page alone, from what is finished
 
-For each depth t, in this order: every N at every learning rate of a small grid, seed 0; then, at the rate with the
-lowest loss on validation rows, each N with the other seeds, and N = 1 trained for as many passes over windows as N = 2
-and N = 4 took ("equal compute"). Arms with modes learn several depths and to think, and end with RL on the mode.
+For each depth t: every N at every learning rate of a small grid, seed 0; then, at the rate with the lowest loss on
+validation rows, each N with the other seeds, and N = 1 trained for as many passes over windows as N = 4 took ("equal
+compute"), later as N = 2 took. Arms with modes learn several depths and to think, and end with RL on the mode.
 
 Each arm is a process and one JSON; finished arms are skipped, so the same command goes on where it stopped. An arm is
 left out if it is estimated not to end within `--minutes`.
@@ -24,11 +24,13 @@ from dataclasses import asdict, dataclass, field, replace
 from os import environ
 from pathlib import Path
 from queue import Queue
+from tempfile import TemporaryDirectory
 from threading import Lock
 
 from benchmarks.rule110_arm import Arm
 from benchmarks.rule110_tables import DOCS, read_results, validation_loss, write_page
 from benchmarks.runs import ONE_THREAD, Place
+from benchmarks.timing import write_json
 
 START = 10  # seconds until an arm trains; of several at a time, one starts while others train
 MIXTURE = (1, 2, 4, 8, 10)  # t of the arms with modes; what `think` writes is exact up to t = 11 for 24 bits
@@ -54,7 +56,7 @@ class Schedule:
 
 
 FULL = Schedule(
-    {8: Grid(500, (2e-3, 4e-3, 8e-3)), 12: Grid(600, (2e-3, 4e-3)), 16: Grid(1500, (2e-3,))},
+    {8: Grid(400, (2e-3, 4e-3, 8e-3)), 12: Grid(600, (2e-3, 4e-3)), 16: Grid(1500, (2e-3,))},
 )
 TINY = Schedule({1: Grid(4, (2e-3, 4e-3))}, (1, 2), (0,), (1, 2), 4)
 
@@ -91,11 +93,14 @@ def longer(arm: Arm, passes: int) -> Arm:
     return replace(arm, steps=arm.steps * window_passes(passes) // window_passes(1))
 
 
-def repeats(schedule: Schedule, depth: int, best: dict[int, Arm]) -> list[Arm]:
-    """The other seeds of the chosen arms, then N = 1 at equal compute, the largest N first."""
-    arms = [replace(arm, seed=seed) for seed in schedule.seeds[1:] for arm in best.values()]
-    more = sorted((n for n in schedule.passes if n > 1 and 1 in best), reverse=True)
-    return arms + [longer(replace(best[1], seed=seed), n) for n in more for seed in schedule.seeds]
+def other_seeds(schedule: Schedule, best: dict[int, Arm]) -> list[Arm]:
+    """The chosen arms with the other seeds."""
+    return [replace(arm, seed=seed) for seed in schedule.seeds[1:] for arm in best.values()]
+
+
+def equal_compute(schedule: Schedule, best: dict[int, Arm], passes: Sequence[int]) -> list[Arm]:
+    """N = 1 at the compute of some other N, each with every seed."""
+    return [longer(replace(best[1], seed=seed), n) for n in passes if 1 in best for seed in schedule.seeds]
 
 
 def with_modes(schedule: Schedule, best: dict[int, Arm], seed: int) -> list[Arm]:
@@ -104,16 +109,21 @@ def with_modes(schedule: Schedule, best: dict[int, Arm], seed: int) -> list[Arm]
 
 
 def waves(schedule: Schedule, folder: Path) -> Iterator[list[Arm]]:
-    """The arms, in lists each of which needs the results of those before it."""
-    first, *others = schedule.depths
-    yield grid(schedule, first)
-    best = chosen(schedule, first, read_results(folder))
-    arms = repeats(schedule, first, best) + with_modes(schedule, best, schedule.seeds[0])
-    for depth, seed in zip(others, [*schedule.seeds[1:], *[None] * len(others)], strict=False):
+    """The arms, the more important first, in lists each of which needs the results of those before it."""
+    *between, most = (n for n in schedule.passes if n > 1)
+    first: dict[int, Arm] = {}
+    arms: list[Arm] = []
+    later: list[Arm] = []
+    for i, depth in enumerate(schedule.depths):
         yield arms + grid(schedule, depth)
-        arms = repeats(schedule, depth, chosen(schedule, depth, read_results(folder)))
-        arms += [] if seed is None else with_modes(schedule, best, seed)
-    yield arms
+        best = chosen(schedule, depth, read_results(folder))
+        first = first or best
+        arms = other_seeds(schedule, best) + equal_compute(schedule, best, [most])
+        later += equal_compute(schedule, best, between)
+        if i > 0:
+            arms, later = arms + later, []
+        arms += [arm for seed in schedule.seeds[i : i + 1] for arm in with_modes(schedule, first, seed)]
+    yield arms + later
 
 
 @dataclass
@@ -200,14 +210,14 @@ def measure(schedule: Schedule, options: argparse.Namespace, folder: Path) -> No
 
 
 def show_plan(schedule: Schedule) -> None:
-    """Print every arm with its estimated seconds, as if the first rate of each grid were the best."""
+    """Print every arm with its estimated seconds, as if all rates of a grid were equally good."""
     arms: list[Arm] = []
-    best: dict[int, Arm] = {}
-    for depth in schedule.depths:
-        own = {arm.passes: arm for arm in reversed(grid(schedule, depth))}
-        best = best or own
-        arms += grid(schedule, depth) + repeats(schedule, depth, own)
-    arms += [arm for seed in schedule.seeds for arm in with_modes(schedule, best, seed)]
+    with TemporaryDirectory() as folder:
+        for wave in waves(schedule, Path(folder)):
+            arms += wave
+            for arm in wave:
+                alike = {str(t): {"slept": {"loss": 0.0}} for t in arm.depths}
+                write_json(Path(folder) / f"{arm.name}.json", {"arm": asdict(arm), "validation": alike})
     for arm in arms:
         print(f"{estimate(arm):6.0f}  {arm.name}")
     print(

@@ -171,10 +171,11 @@ def test_rates_are_chosen_on_validation_rows_and_compute_is_counted_in_passes(tm
     full_grid(tmp_path)
     best = rule110.chosen(FULL, 8, rule110_tables.read_results(tmp_path))
     assert {n: arm.rate for n, arm in best.items()} == {1: 4e-3, 2: 2e-3, 4: 8e-3}
-    names = [arm.name for arm in rule110.repeats(FULL, 8, best)]
-    assert names[:3] == ["t8_n1_lr0.004_s1_500", "t8_n2_lr0.002_s1_500", "t8_n4_lr0.008_s1_500"]
+    names = [arm.name for arm in rule110.other_seeds(FULL, best)]
+    assert names == ["t8_n1_lr0.004_s1_400", "t8_n2_lr0.002_s1_400", "t8_n4_lr0.008_s1_400"]
     # 17 passes over windows a step against 5, and 9 against 5.
-    assert names[3:] == [f"t8_n1_lr0.004_s{s}_{steps}" for steps in (1700, 900) for s in (0, 1)]
+    names = [arm.name for arm in rule110.equal_compute(FULL, best, [4, 2])]
+    assert names == [f"t8_n1_lr0.004_s{s}_{steps}" for steps in (1360, 720) for s in (0, 1)]
 
 
 def test_waves_name_every_arm_once_and_the_deeper_grid_after_the_first_results(tmp_path: Path) -> None:
@@ -219,18 +220,18 @@ def test_the_page_says_what_the_arms_show(tmp_path: Path) -> None:
     folder = tmp_path / "rule110"
     full_grid(folder)
     best = rule110.chosen(FULL, 8, rule110_tables.read_results(folder))
-    more = [arm for arm in rule110.repeats(FULL, 8, best) if arm.steps != 900]
-    store(folder, [result(arm, 0.1, 0.9 if arm.steps == 1700 else 0.7) for arm in more])
+    more = rule110.other_seeds(FULL, best) + rule110.equal_compute(FULL, best, [4])
+    store(folder, [result(arm, 0.1, 0.9 if arm.steps == 1360 else 0.7) for arm in more])
     page = tmp_path / "sleep_rule110.md"
     page.write_text((DOCS / "sleep_rule110.md").read_text(encoding="utf-8"), encoding="utf-8")
     rule110_tables.write_page(tmp_path)
     text = page.read_text(encoding="utf-8")
     assert (
-        "| 8 | 4 | 0.008 | 26 | 2 | 38.5 (35.0-42.0) | 45.0 | 77.0 (70.0-84.0) | 90.0 | 38.5 (35.0-42.0) | not run |"
+        "| 8 | 4 | 0.008 | 20 | 2 | 38.5 (35.0-42.0) | 45.0 | 77.0 (70.0-84.0) | 90.0 | 38.5 (35.0-42.0) | not run |"
         in text
     )
-    assert "| 8 | 2 | 0.002 | 26 | 2 | 38.0 (35.0-41.0) | not run |" in text
-    assert "| 8 | 1 | 0.004 | 26 | 2 | 37.8 (35.0-40.5) | = |" in text
+    assert "| 8 | 2 | 0.002 | 20 | 2 | 38.0 (35.0-41.0) | not run |" in text
+    assert "| 8 | 1 | 0.004 | 20 | 2 | 37.8 (35.0-40.5) | = |" in text
     assert "| 8 | 4 | 0.008 | 0.1000 | 42.0 | chosen |" in text
     assert "| 8 | 4 | 38.5 (35.0-42.0) | 10.0 | 10.0 | 10.0 |" in text
     assert "More than a point above the more frequent answer (each): none." in text
@@ -307,5 +308,6 @@ def test_the_page_of_the_repository_holds_what_its_files_say(tmp_path: Path) -> 
 def test_the_plan_names_the_seconds(capsys: pytest.CaptureFixture) -> None:
     rule110.main(["--plan"])
     lines = capsys.readouterr().out.splitlines()
-    assert "    12  t8_n1_lr0.002_s0_500" in lines  # 3 + 500 * (5 * 3.4 + 2) / 1000
-    assert rule110.estimate(Arm((8,), 1, 2e-3, 0, 500)) == pytest.approx(12.5)
+    assert lines[0] == "    11  t8_n1_lr0.002_s0_400"  # 3 + 400 * (5 * 3.4 + 2) / 1000
+    assert rule110.estimate(Arm((8,), 1, 2e-3, 0, 400)) == pytest.approx(10.6)
+    assert len(lines) == len(set(lines)) == 46  # t = 8: 16, 12: 13, 16: 10, with modes: 6, and the sum
