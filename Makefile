@@ -82,5 +82,10 @@ results-real:
 	python -m benchmarks.real --recipe smollm2_gsm8k --data outputs/gsm8k --jobs $(JOBS)
 	python -m benchmarks.zero --model outputs/real/smollm2_135m/warm-0/warmup --data outputs/items --jobs 4 --set rl.per_device_train_batch_size=128
 
+# A longer sleep on Rule 110: a machine with one CUDA device, a quarter of an hour.
+.PHONY: results-rule110
+results-rule110:
+	python -m benchmarks.rule110 --jobs 3 --minutes 14
+
 clean:
 	rm -rf build outputs $(VENV)
