@@ -19,7 +19,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTra
 from siesta.data.errors import ModelError
 from siesta.rl.sleep.cache import linear_layers
 from siesta.rl.sleep.protocol import SleepCost
-from siesta.rl.sleep.tensors import Tensors, TensorSleep, TensorState, check_length, forward_flops, in_batches
+from siesta.rl.sleep.tensors import Tensors, TensorSleep, TensorState, forward_flops, in_batches
 
 BRANCH = "titans_memory"
 
@@ -118,7 +118,6 @@ class MemorySleep(TensorSleep):
         self.layer = layer
 
     def consolidate(self, model: PreTrainedModel, rows: list[list[int]], passes: int) -> tuple[TensorState, SleepCost]:
-        check_length(model, max(map(len, rows)), "a text")
         branch = cast(MemoryBranch, model.get_submodule(BRANCH))
         state = in_batches(
             rows, self.batch_size, model.device, lambda ids: branch.write(self._hidden(model, ids), passes)
