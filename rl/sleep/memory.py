@@ -11,9 +11,11 @@ weights and applies their momentum.
 """
 
 import importlib
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import safe_open
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from siesta.data.errors import ModelError
@@ -83,7 +85,7 @@ class MemoryBranch(torch.nn.Module):
 
 def add_memory(model: PreTrainedModel, layer: int, *, heads: int = 4, segment: int = 16) -> None:
     """Give a model a memory behind decoder layer `layer`. Its weights are parameters of the model and saved with it;
-    `from_pretrained` does not know them, so load them after this call.
+    `from_pretrained` does not know them, so they are loaded after this call (`load_memory`).
 
     Raises:
         ModelError: `titans-pytorch` is missing, or the width does not divide into heads.
@@ -94,6 +96,18 @@ def add_memory(model: PreTrainedModel, layer: int, *, heads: int = 4, segment: i
     branch = MemoryBranch(dim, heads, segment).to(model.device, model.dtype)
     model.add_module(BRANCH, branch)
     cast(Any, model.get_decoder()).layers[layer].register_forward_hook(branch.blend, with_kwargs=True)
+
+
+def load_memory(model: PreTrainedModel, folder: Path) -> bool:
+    """Give a memory that was added the weights saved with the model in `folder`; False if none were."""
+    saved: Tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            names = [name for name in weights.keys() if name.startswith(f"{BRANCH}.")]  # noqa: SIM118  not a mapping
+            saved |= {name.removeprefix(f"{BRANCH}."): weights.get_tensor(name) for name in names}
+    if saved:
+        model.get_submodule(BRANCH).load_state_dict(saved)
+    return bool(saved)
 
 
 class MemorySleep(TensorSleep):

@@ -173,8 +173,8 @@ class RawSleep(TensorSleep):
         cache = functional_cache(self.config, {})
         decoder(input_ids=ids, past_key_values=cache, use_cache=True)
         kept: Tensors = {}
-        for i, layer in enumerate(cast(list[Any], cache.layers)):
-            if isinstance(layer, DynamicLayer) and layer.is_initialized:
+        for i, layer in enumerate(cache.layers):
+            if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None:
                 kept |= {f"{i}.keys": layer.keys, f"{i}.values": layer.values}
         for i, layer in linear_layers(cache):
             for kind, states in (("recurrent", layer.recurrent_states), ("conv", layer.conv_states)):
