@@ -94,6 +94,9 @@ def add_memory(model: PreTrainedModel, layer: int, *, heads: int = 4, segment: i
     if dim % heads:
         raise ModelError(f"model: width {dim} does not divide into {heads} memories")
     branch = MemoryBranch(dim, heads, segment).to(model.device, model.dtype)
+    for weight in branch.parameters():
+        # The package lays the weights of all heads into the same memory: they could be neither saved nor trained.
+        weight.data = weight.data.contiguous()
     model.add_module(BRANCH, branch)
     cast(Any, model.get_decoder()).layers[layer].register_forward_hook(branch.blend, with_kwargs=True)
 

@@ -64,6 +64,7 @@ class TensorSleep:
         batch_size: Most contexts in a batch.
     """
 
+    name: str
     differentiable = True
 
     def __init__(
