@@ -13,7 +13,7 @@ HEADER = [
     "context tokens",
     "state",
     "bytes",
-    "of keys and values",
+    "of `raw`",
     "sleep, s",
     "wake, s",
     "saved a query, s",
@@ -21,25 +21,27 @@ HEADER = [
 ]
 
 
-def pays_from(sleep: float, saved: float) -> str:
-    """The number of queries after which a sleep has cost no more time than it saved."""
-    return str(max(1, math.ceil(sleep / saved))) if saved > 0 else "never"
+def pays_from(sleep: dict, wake: dict, whole: dict) -> str:
+    """The number of queries after which a sleep has cost no more time than it saved.
 
-
-def kept_bytes(ways: dict) -> int:
-    """Bytes of the keys and values of the context; in hybrid models with its recurrent states."""
-    return ways["raw"]["bytes"]
+    Args:
+        sleep, wake, whole: Median and quartiles of the sleep, of a query from its state, and of one without a state.
+    """
+    if wake["low"] > whole["high"]:
+        return "never"
+    if wake["high"] >= whole["low"]:
+        return "no difference"
+    return str(math.ceil(sleep["median"] / (whole["median"] - wake["median"])))
 
 
 def line(length: int, name: str, ways: dict) -> list[str]:
     """A row of the table: one way to sleep on one length."""
-    way, whole = ways[name], ways["none"]["wake"]["median"]
+    way, whole = ways[name], ways["none"]["wake"]
     if name == "none":
         return [f"{length:,}", name, "0", "", "", seconds(way["wake"]), "", ""]
-    saved, sleep = whole - way["wake"]["median"], way["sleep"]["median"]
-    share = f"{way['bytes'] / kept_bytes(ways):.3f}"
-    times = [seconds(way["sleep"]), seconds(way["wake"]), f"{saved:.3f}", pays_from(sleep, saved)]
-    return [f"{length:,}", name, f"{way['bytes']:,}", share, *times]
+    saved = f"{whole['median'] - way['wake']['median']:.3f}"
+    times = [seconds(way["sleep"]), seconds(way["wake"]), saved, pays_from(way["sleep"], way["wake"], whole)]
+    return [f"{length:,}", name, f"{way['bytes']:,}", f"{way['bytes'] / ways['raw']['bytes']:.3f}", *times]
 
 
 def sleep_cost(content: dict) -> str:

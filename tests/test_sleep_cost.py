@@ -55,20 +55,23 @@ def test_it_writes_what_its_table_reads(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_line_by_hand() -> None:
-    """Sleep of 3 s saves 2 of 5 s a query: it pays from the second one. 30 of 120 bytes are a quarter."""
+    """Sleep of 3 s saves 2 of 5 s a query: it pays from the second one. 30 of 120 bytes are a quarter. Where quartiles
+    overlap, nothing is claimed.
+    """
 
-    def time(median: float) -> dict:
-        return {"median": median, "low": median, "high": median}
+    def time(median: float, spread: float = 0.5) -> dict:
+        return {"median": median, "low": median - spread, "high": median + spread}
 
     ways = {
         "none": {"bytes": 0, "wake": time(5.0)},
-        "raw": {"bytes": 120, "wake": time(6.0), "sleep": time(3.0)},
+        "raw": {"bytes": 120, "wake": time(6.5), "sleep": time(3.0)},
         "x": {"bytes": 30, "wake": time(3.0), "sleep": time(3.0)},
     }
     assert sleep_cost_tables.line(1024, "x", ways)[2:4] == ["30", "0.250"]
     assert sleep_cost_tables.line(1024, "x", ways)[6:] == ["2.000", "2"]
-    assert sleep_cost_tables.line(1024, "raw", ways)[6:] == ["-1.000", "never"]
-    assert sleep_cost_tables.pays_from(4.0, 2.0) == "2"
+    assert sleep_cost_tables.line(1024, "raw", ways)[6:] == ["-1.500", "never"]
+    assert sleep_cost_tables.pays_from(time(4.0), time(3.0), time(5.0)) == "2"
+    assert sleep_cost_tables.pays_from(time(4.0), time(3.0, 2.0), time(5.0)) == "no difference"
 
 
 def test_the_page_holds_what_the_files_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

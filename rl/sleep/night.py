@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from siesta.data.errors import DataError
+from siesta.data.errors import DataError, RecipeError
 from siesta.data.sources import BLANK, read_rows
 from siesta.rl.console import progress, quiet_libraries
 from siesta.rl.generation import inference
@@ -92,7 +92,7 @@ def make(recipe: Recipe, contexts: str, out: Path, model: str | None, console: C
     """
     section = recipe.sleep
     if section.mechanism == "none":
-        raise DataError("sleep.mechanism: none keeps no state; say which one to make, such as sleep.mechanism=raw")
+        raise RecipeError("sleep.mechanism: none keeps no state; say which one to make, such as sleep.mechanism=raw")
     rows = fields(contexts, ("id", "context"))
     sleeper = open_sleeper(recipe, model)
     if not sleeper.trained:
