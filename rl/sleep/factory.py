@@ -76,7 +76,8 @@ def _memory(section, tokenizer, model, settings) -> TensorSleep:
     return way
 
 
-# `notes` joins these with its builder.
+# `notes` joins these with its builder. Beyond the protocol, the commands ask of a way to sleep for `check`, `prompts`
+# and `batch_size`, as in `TensorSleep`.
 BUILDERS: dict[str, Builder] = {"none": _none, "raw": _raw, "latent": _latent, "gist": _gist, "memory": _memory}
 
 

@@ -79,7 +79,7 @@ class GistSleep(TensorSleep):
             raise ModelError(f"model: gist needs rotary positions, {config.model_type} has none; take notes")
         self.slots = [vocabulary[token] for token in slot_tokens(k)]
 
-    def check(self, model: PreTrainedModel, rows: list[list[int]], passes: int) -> None:
+    def fit(self, model: PreTrainedModel, rows: list[list[int]], passes: int) -> None:
         longest = max(map(len, rows)) + passes * len(self.slots)
         check_length(model, longest, f"with {passes} x {len(self.slots)} slots a text")
 

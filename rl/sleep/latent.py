@@ -65,7 +65,7 @@ class LatentSleep(TensorSleep):
         self.truncate = truncate
         self.window = window
 
-    def check(self, model: PreTrainedModel, rows: list[list[int]], passes: int) -> None:
+    def fit(self, model: PreTrainedModel, rows: list[list[int]], passes: int) -> None:
         check_length(model, max(max(self._cut(len(row))) for row in rows), "a window")
 
     def consolidate(self, model: PreTrainedModel, rows: list[list[int]], passes: int) -> tuple[TensorState, SleepCost]:

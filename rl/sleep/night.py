@@ -73,7 +73,7 @@ def check_contexts(
         if not row:
             continue
         try:
-            sleeper.way.check(sleeper.model, sleeper.way.read([row["context"]]), passes)
+            sleeper.way.check(sleeper.model, [row["context"]], passes)
         except DataError as error:
             raise DataError(f"{file}, row {number}: {error}") from error
         before = store.entries.get(row["id"])

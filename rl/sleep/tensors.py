@@ -95,7 +95,7 @@ class TensorSleep:
             ModelError: The model kept nothing.
         """
         rows = self.read(contexts)
-        self.check(model, rows, passes)
+        self.fit(model, rows, passes)
         state, costs = self.consolidate(model, rows, passes)
         return SleepOut(state, [], costs)
 
@@ -107,7 +107,15 @@ class TensorSleep:
         """
         return read_contexts(self.tokenizer, contexts)
 
-    def check(self, model: PreTrainedModel, rows: list[list[int]], passes: int) -> None:
+    def check(self, model: PreTrainedModel, contexts: Sequence[str], passes: int) -> None:
+        """Refuse, before any of them is slept on, contexts that `sleep` would refuse.
+
+        Raises:
+            DataError: See `sleep`.
+        """
+        self.fit(model, self.read(contexts), passes)
+
+    def fit(self, model: PreTrainedModel, rows: list[list[int]], passes: int) -> None:
         """Refuse contexts, given as ids, that are longer than the model takes.
 
         Raises:
