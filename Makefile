@@ -1,4 +1,4 @@
-# make setup | check | test | quickstart | smoke | weights | results-quickstart | results-speed-cpu | results-speed-gpu | results-real
+# make setup | check | test | quickstart | smoke | weights | results-quickstart | results-speed-cpu | results-speed-gpu | results-sleep-cpu | results-real
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml -m siesta.rl.train
 
-.PHONY: setup check test quickstart smoke weights results-quickstart results-speed-cpu results-speed-gpu results-real clean
+.PHONY: setup check test quickstart smoke weights results-quickstart results-speed-cpu results-speed-gpu results-sleep-cpu results-real clean
 
 setup: $(VENV)/.installed build/typing/siesta
 
@@ -59,6 +59,10 @@ results-speed-cpu: setup
 	$(BIN)/python -m benchmarks.shared_prompt --cpu --out $(SPEED)/b4_cpu.json
 	$(BIN)/python -m benchmarks.step_time --cpu --out $(SPEED)/b6_cpu.json
 	$(BIN)/python -m benchmarks.speed_tables
+
+results-sleep-cpu: setup
+	$(BIN)/python -m benchmarks.sleep_cost --cpu --out docs/results/sleep_cost/b5_cpu.json
+	$(BIN)/python -m benchmarks.sleep_cost_tables
 
 # On a machine with one CUDA device, vLLM and these packages; python there is the one to use.
 results-speed-gpu:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config, Qwen3_5TextConfig, Qwen3Config
 from trl import GRPOConfig, GRPOTrainer
 
 from siesta.rl.config import DeGRPOConfig
@@ -61,13 +61,46 @@ SHAPES = {
         max_position_embeddings=32_768,
     ),
 }
+# Like Qwen3.5: three layers of gated DeltaNet to one of attention.
+HYBRIDS = {
+    "tiny-hybrid": Qwen3_5TextConfig(
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        layer_types=[*["linear_attention"] * 3, "full_attention"],
+        linear_num_key_heads=4,
+        linear_num_value_heads=4,
+        linear_key_head_dim=32,
+        linear_value_head_dim=32,
+        vocab_size=1024,
+        tie_word_embeddings=True,
+    ),
+    "0.8b-hybrid": Qwen3_5TextConfig(
+        hidden_size=1024,
+        intermediate_size=3584,
+        num_hidden_layers=24,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=256,
+        layer_types=[*["linear_attention"] * 3, "full_attention"] * 6,
+        linear_num_key_heads=16,
+        linear_num_value_heads=16,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+        vocab_size=VOCABULARY,
+        tie_word_embeddings=True,
+    ),
+}
 
 
 def build(shape: str, dtype: torch.dtype, device: str, seed: int = 0) -> PreTrainedModel:
     """A model of a shape; the same weights for the same seed. Trainers write into the config of their model."""
     torch.manual_seed(seed)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(SHAPES[shape]), dtype=dtype)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy((SHAPES | HYBRIDS)[shape]), dtype=dtype)
     return model.train()
 
 

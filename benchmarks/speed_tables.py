@@ -147,21 +147,24 @@ TABLES: dict[str, Callable[[dict], str]] = {
 }
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--docs", type=Path, default=DOCS, help="folder with speed.md and speed/")
-    options = parser.parse_args()
-    page = options.docs / "speed.md"
+def fill(page: Path, tables: dict[str, Callable[[dict], str]]) -> None:
+    """Write the blocks of a page from the files in the folder of its name."""
     text = page.read_text(encoding="utf-8")
-    for file in sorted((options.docs / "speed").glob("*.json")):
+    for file in sorted(page.with_suffix("").glob("*.json")):
         content = json.loads(file.read_text())
         found = content["environment"]
         versions = ", ".join(f"{name} {version}" for name, version in found.items() if name != "device")
         text = replace_block(
-            text, file.stem, f"{TABLES[file.stem.split('_')[0]](content)}\n\n{found['device']}; {versions}."
+            text, file.stem, f"{tables[file.stem.split('_')[0]](content)}\n\n{found['device']}; {versions}."
         )
     page.write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder with speed.md and speed/")
+    fill(parser.parse_args().docs / "speed.md", TABLES)
 
 
 if __name__ == "__main__":

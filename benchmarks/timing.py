@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "transformers", "trl", "accelerate", "vllm", "liger-kernel", "deepspeed")
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "vllm", "liger-kernel", "deepspeed", "titans-pytorch")
 
 
 def synchronize(device: str) -> None:

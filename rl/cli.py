@@ -19,6 +19,8 @@ from siesta.data.errors import UserError
 COMMANDS = {
     "train": ("siesta.rl.train", "run a recipe: model, warm-up, RL, evaluation, export, report"),
     "warmup-data": ("siesta.rl.warmup_data", "write verified responses in every mode, for the warm-up"),
+    "sleep": ("siesta.rl.sleep.night", "consolidate contexts before their queries come, and keep the states"),
+    "answer": ("siesta.rl.sleep.wake", "answer queries from the states of sleep"),
 }
 
 

@@ -129,9 +129,21 @@ def respond(
     ).past_key_values
     rows = torch.tensor([unique[tuple(prompt)] for prompt in prompts], device=ids.device)
     cache.reorder_cache(rows)
-    ids, mask = append(ids[rows], ids.new_tensor([[mode.token_id]] * len(rows)), mask[rows])
-    responses: list[list[int]] = [[] for _ in prompts]
-    going, left = list(range(len(prompts))), mode.max_tokens
+    return decode(model, cache, mask[rows], mode, config, eos_ids)
+
+
+def decode(
+    model: Any, cache: Any, mask: torch.Tensor, mode: Mode, config: GenerationConfig, eos_ids: Sequence[int]
+) -> list[list[int]]:
+    """Responses of rows whose prompts are in the cache, opened by the control token of `mode`.
+
+    Args:
+        cache: Is written to.
+        mask: Of what the cache holds, (B, L).
+    """
+    ids, mask = append(mask, mask.new_full((len(mask), 1), mode.token_id))
+    responses: list[list[int]] = [[] for _ in range(len(mask))]
+    going, left = list(range(len(mask))), mode.max_tokens
     while going and left > 0:
         config.max_new_tokens = min(SEGMENT, left)
         # Ranks have their own rows: each stops when it is done.
@@ -142,7 +154,7 @@ def respond(
             generation_config=config,
             synced_gpus=False,
         )
-        written = output.sequences[:, ids.shape[1] :]
+        written = output.sequences[:, 1:]
         for i, row in zip(going, written.tolist(), strict=True):
             responses[i] += cut_after_eos(row, eos_ids)
         kept = [place for place, i in enumerate(going) if responses[i][-1] not in eos_ids]
@@ -150,13 +162,13 @@ def respond(
         if going and left > 0:
             keep = torch.tensor(kept, device=ids.device)
             cache.reorder_cache(keep)
-            ids, mask = append(ids[keep], written[keep], mask[keep])
+            ids, mask = append(mask[keep], written[keep])
     return responses
 
 
-def append(ids: torch.Tensor, more: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and mask with real tokens behind every row."""
-    return torch.cat([ids, more], dim=1), torch.cat([mask, mask.new_ones(more.shape)], dim=1)
+def append(mask: torch.Tensor, more: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The last of `more` real tokens, which alone is not in the cache, and the mask with all of them behind it."""
+    return more[:, -1:], torch.cat([mask, mask.new_ones(more.shape)], dim=1)
 
 
 def mode_policy(

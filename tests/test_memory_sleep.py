@@ -41,6 +41,12 @@ def test_a_closed_gate_leaves_the_model_as_it_was() -> None:
         assert torch.equal(model(**kwargs).logits, plain)
 
 
+def test_every_weight_of_a_new_memory_is_its_own() -> None:
+    """An optimizer step on weights that share memory is an error, and so is saving them."""
+    branch = setting()[0].get_submodule(BRANCH)
+    assert all(weight.is_contiguous() for weight in branch.parameters())
+
+
 def test_reading_moves_no_weight_and_takes_each_token_by_itself() -> None:
     model, way = setting()
     branch = model.get_submodule(BRANCH)

@@ -1,5 +1,5 @@
 """Sleep: a pass over a context before the question comes, and the state it leaves.
 
-What is here are the mechanisms, to be used from Python: `latent`, `gist`, `memory`. No recipe reaches them yet: the
-section `sleep:`, notes, the training of sleep and the command `siesta sleep` are still to be built.
+A mechanism is a file: `raw` (with `none`), `latent`, `gist`, `memory`. `factory` builds the one that a recipe names,
+`store` keeps states on disk, `night` is the command `siesta sleep`, `wake` answers from states (`siesta answer`).
 """

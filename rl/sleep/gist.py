@@ -79,16 +79,19 @@ class GistSleep(TensorSleep):
             raise ModelError(f"model: gist needs rotary positions, {config.model_type} has none; take notes")
         self.slots = [vocabulary[token] for token in slot_tokens(k)]
 
+    def fit(self, model: PreTrainedModel, rows: list[list[int]], passes: int) -> None:
+        longest = max(map(len, rows)) + passes * len(self.slots)
+        check_length(model, longest, f"with {passes} x {len(self.slots)} slots a text")
+
     def consolidate(self, model: PreTrainedModel, rows: list[list[int]], passes: int) -> tuple[TensorState, SleepCost]:
         rows = [row + self.slots * passes for row in rows]
-        check_length(model, max(map(len, rows)), f"with {passes} x {len(self.slots)} slots a text")
         decoder = cast(torch.nn.Module, model.get_decoder())
         state = in_batches(rows, self.batch_size, model.device, lambda ids: self._read(decoder, ids))
         return state, cost(model, [[len(row)] for row in rows], state)
 
     def attach(self, state: TensorState, queries: Sequence[Example]) -> dict[str, Any]:
         """See `Consolidator.attach`. The mask covers the slots too: (P, k + longest prompt)."""
-        return self.behind(len(self.slots), state, queries)
+        return self.behind(torch.ones(len(queries), len(self.slots), dtype=torch.long), state, queries)
 
     def cache(self, state: TensorState) -> DynamicCache:
         """See `TensorSleep.cache`: this one concatenates."""

@@ -65,9 +65,11 @@ class LatentSleep(TensorSleep):
         self.truncate = truncate
         self.window = window
 
+    def fit(self, model: PreTrainedModel, rows: list[list[int]], passes: int) -> None:
+        check_length(model, max(max(self._cut(len(row))) for row in rows), "a window")
+
     def consolidate(self, model: PreTrainedModel, rows: list[list[int]], passes: int) -> tuple[TensorState, SleepCost]:
         lengths = [self._cut(len(row)) for row in rows]
-        check_length(model, max(map(max, lengths)), "a window")
         decoder = cast(torch.nn.Module, model.get_decoder())
         state = in_batches(rows, self.batch_size, model.device, lambda ids: self._consolidate(decoder, ids, passes))
         return state, cost(model, [pieces * passes for pieces in lengths], state)

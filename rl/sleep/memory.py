@@ -11,15 +11,17 @@ weights and applies their momentum.
 """
 
 import importlib
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import safe_open
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from siesta.data.errors import ModelError
 from siesta.rl.sleep.cache import linear_layers
 from siesta.rl.sleep.protocol import SleepCost
-from siesta.rl.sleep.tensors import Tensors, TensorSleep, TensorState, check_length, forward_flops, in_batches
+from siesta.rl.sleep.tensors import Tensors, TensorSleep, TensorState, forward_flops, in_batches
 
 BRANCH = "titans_memory"
 
@@ -83,7 +85,7 @@ class MemoryBranch(torch.nn.Module):
 
 def add_memory(model: PreTrainedModel, layer: int, *, heads: int = 4, segment: int = 16) -> None:
     """Give a model a memory behind decoder layer `layer`. Its weights are parameters of the model and saved with it;
-    `from_pretrained` does not know them, so load them after this call.
+    `from_pretrained` does not know them, so they are loaded after this call (`load_memory`).
 
     Raises:
         ModelError: `titans-pytorch` is missing, or the width does not divide into heads.
@@ -92,8 +94,23 @@ def add_memory(model: PreTrainedModel, layer: int, *, heads: int = 4, segment: i
     if dim % heads:
         raise ModelError(f"model: width {dim} does not divide into {heads} memories")
     branch = MemoryBranch(dim, heads, segment).to(model.device, model.dtype)
+    for weight in branch.parameters():
+        # The package lays the weights of all heads into the same memory: they could be neither saved nor trained.
+        weight.data = weight.data.contiguous()
     model.add_module(BRANCH, branch)
     cast(Any, model.get_decoder()).layers[layer].register_forward_hook(branch.blend, with_kwargs=True)
+
+
+def load_memory(model: PreTrainedModel, folder: Path) -> bool:
+    """Give a memory that was added the weights saved with the model in `folder`; False if none were."""
+    saved: Tensors = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            names = [name for name in weights.keys() if name.startswith(f"{BRANCH}.")]  # noqa: SIM118  not a mapping
+            saved |= {name.removeprefix(f"{BRANCH}."): weights.get_tensor(name) for name in names}
+    if saved:
+        model.get_submodule(BRANCH).load_state_dict(saved)
+    return bool(saved)
 
 
 class MemorySleep(TensorSleep):
@@ -118,7 +135,6 @@ class MemorySleep(TensorSleep):
         self.layer = layer
 
     def consolidate(self, model: PreTrainedModel, rows: list[list[int]], passes: int) -> tuple[TensorState, SleepCost]:
-        check_length(model, max(map(len, rows)), "a text")
         branch = cast(MemoryBranch, model.get_submodule(BRANCH))
         state = in_batches(
             rows, self.batch_size, model.device, lambda ids: branch.write(self._hidden(model, ids), passes)

@@ -64,7 +64,9 @@ class State(Protocol):
         ...
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything that `safetensors` has to keep, first axis P."""
+        """Everything that `safetensors` has to keep, first axis P. Where those of several contexts are joined again,
+        smaller ones are filled with zeros in front.
+        """
         ...
 
 

@@ -7,9 +7,10 @@ batches of equal length, and a batch gives what each context would give alone.
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
+from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from siesta.data.errors import DataError
@@ -30,20 +31,20 @@ class TensorState:
 
     parts: Tensors
 
-    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "TensorState":
-        return TensorState({name: function(part) for name, part in self.parts.items()})
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        return replace(self, parts={name: function(part) for name, part in self.parts.items()})
 
     def __len__(self) -> int:
         return len(next(iter(self.parts.values())))
 
-    def select(self, rows: Sequence[int]) -> "TensorState":
+    def select(self, rows: Sequence[int]) -> Self:
         """See `State.select`; gradients of a row's copies add up."""
         return self._map(lambda part: part.index_select(0, torch.tensor(rows, device=part.device)))
 
-    def to(self, device: torch.device | str) -> "TensorState":
+    def to(self, device: torch.device | str) -> Self:
         return self._map(lambda part: part.to(device))
 
-    def detach(self) -> "TensorState":
+    def detach(self) -> Self:
         return self._map(lambda part: part.detach())
 
     def nbytes(self) -> list[int]:
@@ -63,6 +64,7 @@ class TensorSleep:
         batch_size: Most contexts in a batch.
     """
 
+    name: str
     differentiable = True
 
     def __init__(
@@ -92,8 +94,34 @@ class TensorSleep:
             DataError: A context is empty, or longer than the model takes.
             ModelError: The model kept nothing.
         """
-        state, costs = self.consolidate(model, read_contexts(self.tokenizer, contexts), passes)
+        rows = self.read(contexts)
+        self.fit(model, rows, passes)
+        state, costs = self.consolidate(model, rows, passes)
         return SleepOut(state, [], costs)
+
+    def read(self, contexts: Sequence[str]) -> list[list[int]]:
+        """Token ids of what sleep reads of contexts.
+
+        Raises:
+            DataError: A context is empty.
+        """
+        return read_contexts(self.tokenizer, contexts)
+
+    def check(self, model: PreTrainedModel, contexts: Sequence[str], passes: int) -> None:
+        """Refuse, before any of them is slept on, contexts that `sleep` would refuse.
+
+        Raises:
+            DataError: See `sleep`.
+        """
+        self.fit(model, self.read(contexts), passes)
+
+    def fit(self, model: PreTrainedModel, rows: list[list[int]], passes: int) -> None:
+        """Refuse contexts, given as ids, that are longer than the model takes.
+
+        Raises:
+            DataError: One is.
+        """
+        check_length(model, max(map(len, rows)), "a text")
 
     def consolidate(self, model: PreTrainedModel, rows: list[list[int]], passes: int) -> tuple[TensorState, SleepCost]:
         """The states of contexts, given as ids, and what they cost."""
@@ -107,20 +135,27 @@ class TensorSleep:
         """See `Consolidator.restore`."""
         return TensorState(dict(tensors))
 
+    def prompts(self, state: TensorState, queries: Sequence[Example]) -> list[list[int]]:
+        """Token ids that follow each state, up to the place of the control token: the queries, without contexts."""
+        return read_queries(self.tokenizer, queries, self.instruction)
+
     def attach(self, state: TensorState, queries: Sequence[Example]) -> dict[str, Any]:
         """See `Consolidator.attach`: ids (P, longest prompt), padded on the left, behind an empty prefix."""
-        return self.behind(0, state, queries)
+        return self.behind(torch.ones(len(queries), 0, dtype=torch.long), state, queries)
 
-    def behind(self, prefix: int, state: TensorState, queries: Sequence[Example]) -> dict[str, Any]:
-        """Prompts behind `prefix` tokens that the cache holds; the mask, (P, prefix + longest prompt), covers both."""
-        rows = read_queries(self.tokenizer, queries, self.instruction)
+    def behind(self, before: torch.Tensor, state: TensorState, queries: Sequence[Example]) -> dict[str, Any]:
+        """Prompts behind K tokens that the cache holds.
+
+        Args:
+            before: Mask of the tokens in the cache, (P, K). What is returned covers both, (P, K + longest prompt).
+        """
         device = next(iter(state.parts.values())).device
-        ids, mask = (x.to(device) for x in left_pad(rows, pad_id(self.tokenizer)))
-        mask = torch.cat([mask.new_ones(len(rows), prefix), mask], dim=1)
+        ids, mask = left_pad(self.prompts(state, queries), pad_id(self.tokenizer))
+        mask = torch.cat([before, mask], dim=1).to(device)
         return {
-            "input_ids": ids,
+            "input_ids": ids.to(device),
             "attention_mask": mask,
-            "position_ids": positions(mask)[:, prefix:],
+            "position_ids": positions(mask)[:, before.shape[1] :],
             "past_key_values": self.cache(state),
         }
 
@@ -161,9 +196,21 @@ def in_batches(
     """State of every row, in order; `function` takes ids (B, L) without padding and gives tensors of B rows."""
     batches = equal_lengths(rows, batch_size)
     done = [function(torch.tensor([rows[i] for i in batch], device=device)) for batch in batches]
-    stacked = TensorState({name: torch.cat([part[name] for part in done]) for name in done[0]})
+    stacked = TensorState(joined(done))
     place = {row: i for i, row in enumerate(i for batch in batches for i in batch)}
     return stacked.select([place[row] for row in range(len(rows))])
+
+
+def joined(several: Sequence[Tensors]) -> Tensors:
+    """Tensors of the same names one below the other; those that are smaller are filled with zeros in front."""
+    return {name: torch.cat(_filled([parts[name] for parts in several])) for name in several[0]}
+
+
+def _filled(parts: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Parts that differ in their first axis only."""
+    shape = [max(part.shape[axis] for part in parts) for axis in range(parts[0].dim())]
+    missing = [[shape[axis] - part.shape[axis] for axis in range(part.dim() - 1, 0, -1)] for part in parts]
+    return [F.pad(part, [x for n in each for x in (n, 0)]) for part, each in zip(parts, missing, strict=True)]
 
 
 def check_length(model: PreTrainedModel, longest: int, what: str) -> None:
