@@ -2,6 +2,7 @@
 
 import torch
 from accelerate import PartialState
+from transformers import TrainingArguments
 
 from siesta.data.errors import RecipeError
 from siesta.rl.attention import choose_backend
@@ -13,7 +14,7 @@ from siesta.rl.precision import default_device
 from siesta.rl.recipe import Recipe
 
 
-def compute_dtype(config: DeGRPOConfig, weights: torch.dtype) -> torch.dtype:
+def compute_dtype(config: TrainingArguments, weights: torch.dtype) -> torch.dtype:
     """What matrix products are computed in: mixed precision, or the weights' own."""
     if config.bf16:
         return torch.bfloat16

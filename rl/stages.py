@@ -29,6 +29,7 @@ from siesta.rl.timing import Profile
 from siesta.rl.tracking import start_trackers
 from siesta.rl.trainer import DeGRPOTrainer
 from siesta.rl.warmup import IGNORED, StopOnAccuracy, accuracy_by_level, check_gate, warmup_rows
+from siesta.rl.warmup_trainer import WarmupTrainer
 
 CHECKED_PROMPTS = 64
 
@@ -127,7 +128,7 @@ def warmup_trainer(context: Context, validation) -> SFTTrainer:
         own_only=section.responses is not None,
     )
     config = warmup_config(context)
-    trainer = SFTTrainer(
+    trainer = WarmupTrainer(
         model=str(context.path / "model"),
         args=config,
         train_dataset=rows,
@@ -135,6 +136,8 @@ def warmup_trainer(context: Context, validation) -> SFTTrainer:
         quantization_config=quantization_config(recipe.model),
         peft_config=lora_config(recipe.model.lora, train_embeddings=True),
     )
+    rl = recipe.rl.setting
+    context.say(f"warm-up: {trainer.pack_if_possible(rl('attention'), compiled=rl('compile_layers'))}")
     trainer.add_callback(
         StopOnAccuracy(lambda model: context.measure(model, validation, samples=1), section, context.say)
     )

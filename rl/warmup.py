@@ -41,7 +41,7 @@ def warmup_rows(
     balanced: bool = False,
     own_only: bool = False,
 ) -> Dataset:
-    """Rows of `input_ids`, `labels` and their `length`, by which `train_sampling_strategy` can group them.
+    """Rows of `input_ids` and `labels`.
 
     Args:
         pairing: `paired` or `cross`.
@@ -65,7 +65,7 @@ def warmup_rows(
         for mode in list(modes) if pairing == "paired" else rng.choices(list(modes), weights):
             completion = [mode.token_id, *response_ids(tokenizer, written_response(example, mode))]
             labels = [IGNORED] * len(prompt) + completion
-            rows.append({"input_ids": prompt + completion, "labels": labels, "length": len(labels)})
+            rows.append({"input_ids": prompt + completion, "labels": labels})
             shown.append(mode.token_id)
     if balanced:
         for row, token in surplus(shown):

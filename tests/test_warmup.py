@@ -60,8 +60,7 @@ def test_only_control_token_and_response_carry_loss(pairing: str, instruction: s
         mode = JUDGE.modes[JUDGE.modes.token_ids.index(token)]
         assert response[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(response[:-1]) == example.meta["responses"][mode.name]
-        assert set(row) == {"input_ids", "labels", "length"}
-        assert row["length"] == len(row["input_ids"])
+        assert set(row) == {"input_ids", "labels"}
 
 
 def test_paired_shows_every_example_in_every_mode() -> None:

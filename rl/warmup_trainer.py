@@ -1,0 +1,74 @@
+"""TRL's SFTTrainer on packed rows, for the warm-up.
+
+Half of its rows are a prompt and a few tokens, the others hold a whole working. Padded to the longest, most of a batch
+is padding; sorted into batches by length, a batch shows one mode of one kind of question, and learning slows down. So
+batches stay mixed and lose their padding where the machine has an attention that tells packed rows apart.
+"""
+
+from typing import Any, cast
+
+import torch
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl import SFTTrainer
+
+from siesta.rl.attention import Backend, choose_backend, packed_row
+from siesta.rl.machine import compute_dtype
+from siesta.rl.packing import lay_out
+from siesta.rl.passes import layers_of, without_adapters
+from siesta.rl.warmup import IGNORED
+
+
+class WarmupTrainer(SFTTrainer):
+    """SFTTrainer whose loss is computed on one row without padding; the loss is the same."""
+
+    backend: Backend | None = None
+
+    def pack_if_possible(self, attention: str, *, compiled: bool) -> str:
+        """Pack rows from now on if the back end that `attention` comes to on this machine packs; the line that says so.
+
+        Raises:
+            RecipeError: This machine does not have it.
+        """
+        model = without_adapters(cast(torch.nn.Module, self.model))
+        dtype = compute_dtype(self.args, model.dtype)
+        backend, line = choose_backend(attention, self.accelerator.device.type, dtype, model.config, model)
+        if backend.packed:
+            self.pack(backend, compiled=compiled)
+        return line
+
+    def pack(self, backend: Backend, *, compiled: bool) -> None:
+        """Pack rows from now on, for a back end that packs.
+
+        Args:
+            compiled: Compile the layers, once for packs of any length; not under ZeRO-3.
+        """
+        self.backend = backend
+        model = without_adapters(cast(torch.nn.Module, self.model))
+        model.set_attn_implementation(backend.implementation)
+        if compiled and not is_deepspeed_zero3_enabled():
+            for layer in layers_of(model):
+                layer.compile(dynamic=True)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """TRL's loss and metrics, over the packed form of `inputs`."""
+        if self.backend is None:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        with packed_row():
+            return super().compute_loss(model, packed_inputs(inputs, self.backend), *args, **kwargs)
+
+
+def packed_inputs(inputs: dict[str, torch.Tensor], backend: Backend) -> dict[str, Any]:
+    """A padded batch as one row.
+
+    Args:
+        inputs: `input_ids`, `attention_mask` and `labels`, (R, L), padded on the right. The first label of a row is
+            never learned: nothing in its row comes before it, and in the pack another row does.
+
+    Returns:
+        `input_ids`, `position_ids` and `labels`, (1, S), and what the back end needs to tell the rows apart.
+    """
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    pack = lay_out(ids, mask, ids.shape[1] - 1, packed=True)
+    labels = inputs["labels"].clone()
+    labels[:, 0] = IGNORED
+    return pack.inputs | {"labels": labels[mask.bool()][None]} | backend.arguments(pack)
