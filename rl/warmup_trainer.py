@@ -24,7 +24,7 @@ class WarmupTrainer(SFTTrainer):
     backend: Backend | None = None
 
     def pack_if_possible(self, attention: str, *, compiled: bool) -> str:
-        """Pack rows from now on if the back end that `attention` comes to on this machine packs; the line that says so.
+        """Pack rows from now on if the back end that `attention` comes to here does; the line that says which it is.
 
         Raises:
             RecipeError: This machine does not have it.
