@@ -14,9 +14,9 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 
-from siesta.data.errors import UserError
+from siesta.data.errors import RecipeError, UserError
 from siesta.data.loading import skipped_rows
-from siesta.rl.config import check_method
+from siesta.rl.config import SleepConfig, check_method
 from siesta.rl.console import quiet_libraries
 from siesta.rl.context import Context
 from siesta.rl.machine import check_engine, check_machine, memory_estimate
@@ -27,6 +27,7 @@ from siesta.rl.precision import lost_updates
 from siesta.rl.quantize import quantization_config
 from siesta.rl.recipe import Recipe, dump_recipe, load_recipe
 from siesta.rl.run import Run
+from siesta.rl.sleep.trainer import check_batch
 from siesta.rl.stages import STAGES, GuardStop, rl_config, show_evaluation, warmup_config
 
 
@@ -36,7 +37,12 @@ def preflight(recipe: Recipe, context: Context) -> None:
     Raises:
         UserError: One line.
     """
-    check_method(rl_config(context), len(recipe.modes))
+    if recipe.sleep.mechanism not in ("none", "notes"):
+        raise RecipeError(f"sleep.mechanism: {recipe.sleep.mechanism} cannot be trained from a recipe yet; use notes")
+    config = rl_config(context)
+    check_method(config, len(recipe.modes))
+    if isinstance(config, SleepConfig):
+        check_batch(config, recipe.sleep.queries)
     check_model(recipe, context)
     for line in skipped_rows(recipe.data):
         context.say(line)
