@@ -30,7 +30,7 @@ def sleeper(**settings) -> NotesSleep:
     return NotesSleep(tokenizer, SleepSection.model_validate({"mechanism": "notes"} | options), reserved)
 
 
-def words(sleep: NotesSleep, ids: Sequence[int]) -> str:
+def words(sleep: NotesSleep, ids: list[int]) -> str:
     return str(sleep.tokenizer.decode(ids))
 
 
