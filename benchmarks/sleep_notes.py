@@ -80,6 +80,12 @@ def interval_cell(values: list[float], scale: float = 1.0, digits: int = 1) -> s
     return f"{mean} [{low}, {high}]"
 
 
+def by_level(rows: list[dict]) -> str:
+    """Think share at each level, in per cent, a mean over seeds."""
+    levels = [row["levels"] for row in rows]
+    return " ".join(f"{np.mean([100 * own[level]['shares']['think'] for own in levels]):.0f}" for level in levels[0])
+
+
 def states_table(seeds: list[dict]) -> str:
     """State and policy: means over seeds with their range."""
     rows = []
@@ -95,9 +101,12 @@ def states_table(seeds: list[dict]) -> str:
                     cell([row["tokens"] for row in greedy], 2),
                     cell([100 * row["shares"]["think"] for row in greedy], 1),
                     cell([100 * row["shares"]["think"] for row in sampled], 1),
+                    by_level(greedy),
                 ]
             )
-    return markdown(["state", "policy", "accuracy %", "wake tokens", "think %", "P(think) %"], rows)
+    return markdown(
+        ["state", "policy", "accuracy %", "wake tokens", "think %", "P(think) %", "think % by level"], rows
+    )
 
 
 def differences_table(seeds: list[dict]) -> str:
