@@ -9,6 +9,7 @@ Mechanism = Literal["none", "raw", "notes", "latent", "gist", "memory"]
 # The settings that only some mechanisms have.
 BELONGS = {
     "sleeps": ("notes",),
+    "weight": ("notes",),
     "token": ("notes",),
     "max_tokens": ("notes",),
     "keep_tokens": ("notes",),
@@ -34,6 +35,7 @@ class SleepSection(BaseModel):
     stateless: float = Field(default=0.0, ge=0, le=1, description="Share of contexts asked without own state.")
     # notes
     sleeps: int = Field(default=2, ge=2, description="J: notes drawn of each context, to be told apart by reward.")
+    weight: float = Field(default=1.0, ge=0, description="Of the loss of the notes; that of the answers has 1.")
     token: str = Field(default="<sleep>", min_length=1, description="Opens the notes, as a control token a response.")
     max_tokens: int = Field(default=256, ge=2, description="Of the notes of one pass, their token included.")
     keep_tokens: int | None = Field(default=None, ge=1, description="Of the notes that wake sees; none: all.")

@@ -33,8 +33,8 @@ TINY = [
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    assert main(["quickstart_sleep", f"tracking.output_dir={folder}", "tracking.run=notes-0", *TINY]) == 0
-    return folder / "notes-0"
+    assert main(["quickstart_sleep", f"tracking.output_dir={folder}", "tracking.run=wake-0", *TINY]) == 0
+    return folder / "wake-0"
 
 
 def test_every_stage_knows_of_notes(run: Path) -> None:
@@ -52,17 +52,18 @@ def test_every_stage_knows_of_notes(run: Path) -> None:
 
 def test_the_page_holds_what_the_run_says(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sleep_notes, "run_all", lambda *arguments: None)
+    (run.parent / "writer-0").symlink_to(run)
     arguments = ["sleep_notes", "--seeds", "0", "--runs", str(run.parent), "--out", str(tmp_path)]
     monkeypatch.setattr("sys.argv", arguments)
     sleep_notes.main()
     page = (tmp_path / "sleep.md").read_text()
     content = json.loads((tmp_path / "sleep.json").read_text())
-    (seed,) = content["runs"]
+    seed = content["wake"]["0"]
     accuracy = 100 * seed["evaluation"]["after"]["states"]["own"]["greedy"]["free"]["accuracy"]
     assert f"| own | free | {accuracy:.1f} |" in page
     for block in sleep_notes.BLOCKS:
         assert page.count(f"<!-- {block} -->\n`python -m benchmarks.sleep_notes`") == 1
-    assert set(seed["writers"]) == {"warm-up", "RL", "gain"}
+    assert set(content["writer"]["0"]["writers"]) == {"warm-up", "RL", "gain"}
 
 
 @pytest.mark.parametrize(

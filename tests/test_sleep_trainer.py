@@ -154,14 +154,14 @@ def test_queries_of_a_context_read_the_same_notes_in_groups(tmp_path):
 
 
 def test_losses_of_notes_and_answers_are_normalised_apart(tmp_path):
-    trainer = build(tmp_path, mode_objective="policy_gradient")
+    trainer = build(tmp_path, sleep={"weight": 3.0}, mode_objective="policy_gradient")
     batch = rollout_batch(trainer)
     answers, notes = batch["weights"][: 2 * BLOCK], batch["weights"][2 * BLOCK :]
     assert answers[:, 1:].sum().item() == pytest.approx(1.0, rel=1e-5)
-    assert notes.sum().item() == pytest.approx(1.0, rel=1e-5)
+    assert notes.sum().item() == pytest.approx(3.0, rel=1e-5)
     assert (notes[:, 0] == 0).all(), "the sleep token was forced"
     mask = batch["completion_mask"][2 * BLOCK :, 1:]
-    torch.testing.assert_close(notes[:, 1:], mask / mask.sum(1, keepdim=True) / 4)
+    torch.testing.assert_close(notes[:, 1:], 3 * mask / mask.sum(1, keepdim=True) / 4)
     for name in ("mass_weights", "kl_weights"):
         assert (batch[name][2 * BLOCK :] == 0).all()
         assert batch[name][: 2 * BLOCK].sum() > 0

@@ -186,8 +186,8 @@ class SleepTrainer(DeGRPOTrainer):
     def _write_rows(self, batch: Batch, advantages: torch.Tensor) -> Batch:
         """The written tokens of all passes as rows that `batch` can be joined with.
 
-        Every token of notes (c, j) has weight 1 / (N T) with T its tokens and N the texts of the optimizer step over
-        all ranks; the sleep token was forced and has none. There is no KL term and no mode in these rows.
+        Every token of notes (c, j) has weight `sleep.weight` / (N T) with T its tokens and N the texts of the
+        optimizer step over all ranks; the sleep token was forced and has none. These rows have no KL term, no mode.
         """
         passes = len(self._night.actions)
         prompts = [ids for step in self._night.actions for ids in step.prompt_ids]
@@ -200,6 +200,7 @@ class SleepTrainer(DeGRPOTrainer):
         steps = cast(int, self.method.steps_per_generation) / self.args.gradient_accumulation_steps
         total = self._gathered(known.sum()[None]).sum().item() / steps
         weights = token_weights(mask, known, total, control=torch.zeros(len(ids)), decoupled=True)
+        weights = self.sleep_section.weight * weights
         rows = {
             "prompt_ids": prompt_ids,
             "prompt_mask": prompt_mask,
