@@ -1,4 +1,5 @@
-# make setup | check | test | quickstart | smoke | weights | results-quickstart | results-speed-cpu | results-speed-gpu | results-sleep-cpu | results-real
+# make setup | check | test | quickstart | quickstart-sleep | smoke | weights | results-quickstart | results-sleep | results-sleep-cpu
+#      results-speed-cpu | results-speed-gpu | results-real | results-rule110
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +7,8 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml -m siesta.rl.train
 
-.PHONY: setup check test quickstart smoke weights results-quickstart results-speed-cpu results-speed-gpu results-sleep-cpu results-real clean
+.PHONY: setup check test quickstart quickstart-sleep smoke weights results-quickstart results-sleep results-sleep-cpu \
+  results-speed-cpu results-speed-gpu results-real clean
 
 setup: $(VENV)/.installed build/typing/siesta
 
@@ -36,6 +38,9 @@ test: setup
 quickstart: setup
 	$(LAUNCH) recipes/quickstart.yaml
 
+quickstart-sleep: setup
+	$(LAUNCH) recipes/quickstart_sleep.yaml
+
 smoke: setup
 	$(LAUNCH) recipes/smoke.yaml
 
@@ -50,6 +55,9 @@ weights/%.gguf: | setup
 results-quickstart: setup
 	$(BIN)/python -m benchmarks.warmup
 	$(BIN)/python -m benchmarks.mode_selection
+
+results-sleep: setup
+	$(BIN)/python -m benchmarks.sleep_notes
 
 SPEED := docs/results/speed
 

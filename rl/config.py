@@ -130,6 +130,22 @@ class DeGRPOConfig(GRPOConfig):
             )
         super().__post_init__()
 
+    @property
+    def group(self) -> int:
+        """G: rollouts that are compared with each other."""
+        return cast(int, self.num_generations)
+
+
+@dataclass
+class SleepConfig(DeGRPOConfig):
+    """Groups below sleeps: TRL repeats a row for every rollout of every group that it belongs to, J * G times."""
+
+    sleeps: int = field(default=2, metadata={"help": "J: notes drawn of each context."})
+
+    @property
+    def group(self) -> int:
+        return cast(int, self.num_generations) // self.sleeps
+
 
 def optimizer_steps(config: DeGRPOConfig) -> int:
     """Parts of a generation batch that are sure to fall into different optimizer steps."""
@@ -179,7 +195,7 @@ def check_method(config: DeGRPOConfig, num_modes: int) -> None:
             raise RecipeError(f"rl.{name}: {getattr(config, name)!r} is not one of {', '.join(allowed)}")
     if num_modes == 1:
         check_one_mode(config)
-    group = config.num_generations or 0
+    group = config.group
     target = config.mode_objective == "target"
     if group < num_modes:
         raise RecipeError(

@@ -25,6 +25,9 @@ from siesta.rl.policies import Measurement
 from siesta.rl.precision import default_device, mixed_dtype, training_autocast
 from siesta.rl.recipe import Recipe
 from siesta.rl.run import Run
+from siesta.rl.sleep.notes import NotesSleep
+from siesta.rl.sleep.states import STATES, States, by_context, states_of
+from siesta.rl.sleep.warmup import reader_examples
 from siesta.rl.warmup import teachable
 
 
@@ -69,6 +72,28 @@ class Context:
         overlap = f"; {dropped} more also stand in an evaluation set" if dropped else ""
         self.say(f"warm-up: {len(used)} of {len(examples)} rows of {file}, pairing {section.pairing}{overlap}")
         return used
+
+    @cached_property
+    def taught_examples(self) -> list[Example]:
+        """The warm-up examples as they are asked: those of notes' readers in a state."""
+        if not self.writes_notes:
+            return self.warmup_examples
+        return reader_examples(self.warmup_examples, self.notes(), seed=self.recipe.seed)
+
+    @property
+    def writes_notes(self) -> bool:
+        return self.recipe.sleep.mechanism == "notes"
+
+    def notes(self, temperature: float | None = None) -> NotesSleep:
+        """Sleep by writing at a temperature; None is greedy."""
+        return NotesSleep(
+            self.tokenizer,
+            self.recipe.sleep,
+            self.modes.token_ids,
+            instruction=self.recipe.data.instruction,
+            temperature=temperature,
+            batch_size=self.recipe.evaluate.batch_size,
+        )
 
     @property
     def evaluation_size(self) -> int:
@@ -178,6 +203,19 @@ class Context:
                 batch_size=self.recipe.evaluate.batch_size,
                 write=write,
             )
+
+    def sleep_states(self, model: PreTrainedModel, examples: Sequence[Example]) -> States:
+        """Greedy notes of `model` on every context of the examples."""
+        with training_autocast(self.recipe.rl, model.device):
+            return states_of(self.notes(), model, examples)
+
+    def measure_states(
+        self, model: PreTrainedModel, states: States, samples: int, only: Sequence[str] = STATES
+    ) -> dict[str, Measurement]:
+        """`measure` for examples in each state."""
+        return {
+            state: by_context(self.measure(model, states.examples[state], samples=samples), states) for state in only
+        }
 
 
 @contextmanager

@@ -132,3 +132,36 @@ def print_table(
             style="bold" if name == "free" else "",
         )
     (console or Console(width=None if sys.stdout.isatty() else 120)).print(view)
+
+
+def print_states(result: dict, title: str, *, console: Console | None = None) -> None:
+    """What a state is worth: a row for each state and policy, the share of the last mode, and costs of a query."""
+    states = {"none": result, **result["states"]}
+    last = list(result["greedy"]["free"]["shares"])[-1]
+    sleep = result["sleep"]
+    view = Table(
+        title=title,
+        caption=f"{result['items']} items of {sleep['contexts']} contexts, greedy; brackets: 95 % bootstrap interval "
+        f"over contexts. Notes of {sleep['note_tokens'][0]:.1f} tokens, {sleep['kept_tokens'][0]:.1f} kept",
+    )
+    for name in ("state", "policy", "accuracy %", "tokens", f"{last} %", f"P({last}) %"):
+        view.add_column(name, no_wrap=True)
+    for state, own in states.items():
+        for policy in [name for name in own["greedy"] if name.startswith("always-")] + ["free"]:
+            row, low_high = own["greedy"][policy], own["greedy"][policy]["interval"]["accuracy"]
+            view.add_row(
+                state,
+                policy,
+                f"{100 * row['accuracy']:.1f} [{100 * low_high[0]:.1f}, {100 * low_high[1]:.1f}]",
+                f"{row['tokens']:.2f}",
+                f"{100 * row['shares'][last]:.0f}",
+                f"{100 * own['sampled'][policy]['shares'][last]:.0f}",
+                style="bold" if policy == "free" else "",
+            )
+    console = console or Console(width=None if sys.stdout.isatty() else 120)
+    console.print(view)
+    without = sleep["without"][0]
+    for price, row in sleep["costs"].items():
+        each = ", ".join(f"{cost[0]:.2f} at {m}" for m, cost in row.items() if m != "break_even")
+        line = f"cost of a query, sleep token at {price}: {each} queries a context; {without:.2f} without sleep"
+        console.print(f"{line}; break-even at {row['break_even'][0]:.1f} queries")

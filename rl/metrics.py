@@ -45,6 +45,43 @@ def rollout_metrics(names: list[str], rollouts: Rollouts, credit: Credit) -> dic
     return result
 
 
+def sleep_metrics(
+    names: list[str],
+    rollouts: Rollouts,
+    state: torch.Tensor,
+    *,
+    kinds: list[str],
+    tokens: torch.Tensor,
+    advantages: torch.Tensor,
+) -> dict[str, float]:
+    """Numbers of one generation batch over all ranks by the state its queries came with: `sleep/<kind>/...`.
+
+    Args:
+        state: Place in `kinds` of each rollout's state, (B,).
+        tokens: Written for each notes, (S, J).
+        advantages: Of the notes, (S, J), NaN where no answer was scorable.
+    """
+    result = {}
+    for place, kind in enumerate(kinds):
+        own = state == place
+        if own.any():
+            result[f"sleep/{kind}/share"] = own.float().mean().item()
+            result[f"sleep/{kind}/tokens"] = rollouts.lengths[own].mean().item()
+            for column, name in enumerate(names):
+                result[f"sleep/{kind}/prob/{name}"] = rollouts.mode_probs[own, column].mean().item()
+                judged = own & (rollouts.modes == column) & rollouts.scorable
+                if judged.any():
+                    result[f"sleep/{kind}/accuracy/{name}"] = rollouts.scores[judged].mean().item()
+    known = ~advantages.isnan()
+    if known.any():
+        result["sleep/note_tokens"] = tokens.mean().item()
+        # Without a spread between the J notes of a context the writer has nothing to learn from.
+        result["sleep/write_advantage_abs"] = advantages[known].abs().mean().item()
+        flat = advantages.nan_to_num(0.0).abs().amax(1) == 0
+        result["sleep/contexts_without_signal"] = flat.float().mean().item()
+    return result
+
+
 def hack_metrics(names: list[str], modes: torch.Tensor, flags: torch.Tensor) -> dict[str, float]:
     """Share of each mode's rollouts with a flag: `hack/<flag>/<mode>`.
 

@@ -39,7 +39,8 @@ def build_modes(sections: dict[str, ModeSection], tokenizer: PreTrainedTokenizer
 def make_tokenizer(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, list[str]]:
     """The recipe's tokenizer with control tokens and cut chat template, and the tokens that were added."""
     tokenizer = published_tokenizer(recipe.model, recipe_origin(recipe), task=recipe.data.task)
-    return tokenizer, prepare_tokenizer(tokenizer, [mode.token for mode in recipe.modes.values()])
+    sleep = [recipe.sleep.token] if recipe.sleep.mechanism == "notes" else []
+    return tokenizer, prepare_tokenizer(tokenizer, [*(mode.token for mode in recipe.modes.values()), *sleep])
 
 
 def published_tokenizer(

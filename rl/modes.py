@@ -196,10 +196,11 @@ def check_cut(written: str, cut: str, tokens: Sequence[str]) -> None:
         )
 
 
-def check_prompts(tokenizer: PreTrainedTokenizerBase, modes: Modes, prompts: Mapping[str, list[int]]) -> None:
+def check_prompts(tokenizer: PreTrainedTokenizerBase, modes: Sequence[Mode], prompts: Mapping[str, list[int]]) -> None:
     """Prove that every control token is one id and that no prompt decides the mode beforehand.
 
     Args:
+        modes: What can open a completion.
         prompts: Name of each prompt, for the message -> its ids.
 
     Raises:

@@ -86,8 +86,7 @@ class Passes:
 
     def groups(self, batch: Batch) -> list[Unit]:
         """Units of a generation batch: no more rows in any than a group has, so that steps can be of equal rows."""
-        most = cast(int, self.args.num_generations)
-        return self.units(sequence_lengths(batch), batch["prompt_ids"], batch["prompt_mask"], rows=most)
+        return self.units(sequence_lengths(batch), batch["prompt_ids"], batch["prompt_mask"], rows=self.args.group)
 
     def deal(self, batch: Batch, seed: int) -> list[Batch]:
         """The micro-batches of a generation batch; see `siesta.rl.spread.spread`."""

@@ -26,6 +26,8 @@ class Measurement:
         sampled_scores, sampled_tokens, sampled_rewards: Means over K samples, (I, M). The rewards are Q(x, m).
         truncated: Share of samples that hit the mode's cap, (I, M).
         unscorable: Rollouts whose verifier failed; they are left out of the means.
+        contexts: Number of each item's context, (I,), where items share them; intervals then resample contexts.
+        rows_right: Share of the taught notes' rows that the model's have as well; NaN where it writes none.
         hacks: Mode -> flag of `siesta.rewards.hacking` -> share of the mode's samples that raise it.
     """
 
@@ -39,7 +41,9 @@ class Measurement:
     sampled_tokens: np.ndarray
     sampled_rewards: np.ndarray
     truncated: np.ndarray
+    contexts: np.ndarray | None = None
     unscorable: int = 0
+    rows_right: float = float("nan")
     hacks: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
@@ -81,8 +85,27 @@ def per_item(measured: Measurement, choice: np.ndarray, *, greedy: bool) -> dict
     }
 
 
+def resampled_means(values: np.ndarray, clusters: np.ndarray, *, resamples: int, seed: int) -> np.ndarray:
+    """Mean over items in bootstrap samples of whole clusters, (R,). The same seed draws the same clusters again.
+
+    Args:
+        values: (I,); NaN counts for nothing.
+        clusters: Number of each item's cluster, (I,).
+    """
+    _, codes = np.unique(clusters, return_inverse=True)
+    known = ~np.isnan(values)
+    sums, counts = np.bincount(codes, np.where(known, values, 0.0)), np.bincount(codes, known)
+    drawn = np.random.default_rng(seed).integers(0, len(sums), size=(resamples, len(sums)))
+    return sums[drawn].sum(1) / counts[drawn].sum(1)
+
+
 def interval(
-    values: np.ndarray, *, resamples: int, seed: int, statistic: Callable[[np.ndarray], np.ndarray] | None = None
+    values: np.ndarray,
+    *,
+    resamples: int,
+    seed: int,
+    statistic: Callable[[np.ndarray], np.ndarray] | None = None,
+    clusters: np.ndarray | None = None,
 ) -> tuple[float, float]:
     """95 % percentile bootstrap interval of the mean over items.
 
@@ -90,7 +113,12 @@ def interval(
         values: (I,).
         resamples: Number of bootstrap samples.
         statistic: Of the resampled values (R, I) along the last axis; the mean by default.
+        clusters: Items that depend on each other share a number, (I,), and are resampled together; None: all are
+            independent. Of the mean only.
     """
+    if clusters is not None:
+        low, high = np.percentile(resampled_means(values, clusters, resamples=resamples, seed=seed), [2.5, 97.5])
+        return float(low), float(high)
     rng = np.random.default_rng(seed)
     drawn = values[rng.integers(0, len(values), size=(resamples, len(values)))]
     means = drawn.mean(-1) if statistic is None else statistic(drawn)
@@ -103,7 +131,9 @@ def summarise(measured: Measurement, choice: np.ndarray, *, greedy: bool, resamp
     values = per_item(measured, choice, greedy=greedy)
     row: dict = {name: float(column.mean()) for name, column in values.items()}
     row["interval"] = {
-        name: interval(column, resamples=resamples, seed=seed) for name, column in values.items() if name != "reward"
+        name: interval(column, resamples=resamples, seed=seed, clusters=measured.contexts)
+        for name, column in values.items()
+        if name != "reward"
     }
     row["shares"] = dict(zip(measured.modes, choice.mean(0).tolist(), strict=True))
     row["levels"] = {}

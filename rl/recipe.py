@@ -33,6 +33,8 @@ ELSEWHERE = {
     "chat_template_kwargs": "all stages share one template: set model.chat_template",
 }
 
+WRITER = "sleep"  # the key of `warmup.stop` for the share of rows that the writer of notes gets right
+
 RECIPES = Path(__file__).parent.parent / "recipes"
 
 
@@ -293,6 +295,8 @@ def check_modes(file: Path, recipe: Recipe) -> None:
     tokens = [mode.token for mode in recipe.modes.values()]
     if len(set(tokens)) < len(tokens):
         raise RecipeError(f"{file}: modes: two modes share a control token")
+    if recipe.sleep.mechanism == "notes" and recipe.sleep.token in tokens:
+        raise RecipeError(f"{file}: sleep.token: {recipe.sleep.token} is a mode's control token")
     if recipe.warmup.shares and recipe.warmup.pairing == "paired":
         raise RecipeError(f"{file}: warmup.shares: paired rows show every mode equally; use pairing: cross")
     named: dict[str, dict] = {
@@ -300,10 +304,12 @@ def check_modes(file: Path, recipe: Recipe) -> None:
         "warmup.stop": recipe.warmup.stop,
         "teachers": recipe.teachers,
     }
+    written = {WRITER} if recipe.sleep.mechanism == "notes" else set()
     for section, keys in named.items():
+        known = set(recipe.modes) | (written if section == "warmup.stop" else set())
         for key in keys:
-            if key.split("@")[0] not in recipe.modes:
-                raise RecipeError(f"{file}: " + unknown_key(f"{section}.{key}", key, set(recipe.modes)))
+            if key not in known and key.split("@")[0] not in recipe.modes:
+                raise RecipeError(f"{file}: " + unknown_key(f"{section}.{key}", key, known))
     for key in recipe.warmup.stop:
         if "@" in key and not key.partition("@")[2].isdigit():
             raise RecipeError(f"{file}: warmup.stop.{key}: after @ stands a level, a whole number")

@@ -18,7 +18,7 @@ from siesta.rl.recipe import Recipe, dump_recipe
 
 # The sections each stage depends on, itself and by way of the stages before it.
 DEPENDS = {
-    "model": ("seed", "model", "modes"),
+    "model": ("seed", "model", "modes", "sleep"),
     "warmup": ("data", "warmup"),
     "rl": ("rl",),
     "evaluate": ("evaluate",),

@@ -27,8 +27,8 @@ class TokenScores:
     """Scores of B completions of T tokens.
 
     Args:
-        per_token_logps: Shape (B, T), 0 in the padding; column 0 is log pi(m_i given x_i), the others are over the
-            vocabulary.
+        per_token_logps: Shape (B, T), 0 in the padding; column 0 is log pi(m_i given x_i), or 0 where no control
+            token opens the completion; the others are over the vocabulary.
         entropies: Of the full distribution at each token, shape (B, T), 0 in the padding, without gradient; None if
             the model's head was not asked for them.
         mode_logps: log pi(m given x_i), shape (B, M).
@@ -103,7 +103,9 @@ class Scorer:
         control_logps = logps[: rows * num_modes].view(rows, num_modes)
         log_mass = torch.logsumexp(control_logps, dim=1)
         mode_logps = control_logps - log_mass[:, None]
-        chosen = mode_logps.gather(1, self.modes.of(pack.control_ids[:, None])[:, None])
+        column = self.modes.of(pack.control_ids[:, None])[:, None]
+        # What sleep writes opens with a token of its own, which is forced: no mode was chosen.
+        chosen = torch.where(column < 0, 0.0, mode_logps.gather(1, column.clamp(min=0)))
         return TokenScores(
             per_token_logps=in_rows(pack, chosen, logps[rows * num_modes :]),
             entropies=None if output.entropy is None else self._entropies(pack, output.entropy[0].detach()),

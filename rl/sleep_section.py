@@ -9,8 +9,10 @@ Mechanism = Literal["none", "raw", "notes", "latent", "gist", "memory"]
 # The settings that only some mechanisms have.
 BELONGS = {
     "sleeps": ("notes",),
+    "weight": ("notes",),
     "token": ("notes",),
     "max_tokens": ("notes",),
+    "keep_tokens": ("notes",),
     "keep_context": ("notes",),
     "form": ("latent",),
     "truncate": ("latent",),
@@ -30,11 +32,13 @@ class SleepSection(BaseModel):
     passes: int = Field(default=1, ge=1, description="N: over each context.")
     queries: int = Field(default=1, ge=1, description="m: of each context in a generation batch.")
     price: float = Field(default=0.1, ge=0, description="Of a sleep token, in wake tokens.")
-    stateless: float = Field(default=0.0, ge=0, le=1, description="Share of contexts whose queries come before sleep.")
+    stateless: float = Field(default=0.0, ge=0, le=1, description="Share of contexts asked without own state.")
     # notes
     sleeps: int = Field(default=2, ge=2, description="J: notes drawn of each context, to be told apart by reward.")
+    weight: float = Field(default=1.0, ge=0, description="Of the loss of the notes; that of the answers has 1.")
     token: str = Field(default="<sleep>", min_length=1, description="Opens the notes, as a control token a response.")
-    max_tokens: int = Field(default=256, ge=1, description="Of the notes of one pass, their token included.")
+    max_tokens: int = Field(default=256, ge=2, description="Of the notes of one pass, their token included.")
+    keep_tokens: int | None = Field(default=None, ge=1, description="Of the notes that wake sees; none: all.")
     keep_context: bool = Field(default=False, description="The reader sees the context beside the notes.")
     # latent
     form: Literal["carry_h", "reread"] = "carry_h"

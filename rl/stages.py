@@ -1,6 +1,7 @@
 """The stages of a run, in order: model, warm-up, RL, evaluation, export, report. Each reads what others left."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -12,24 +13,29 @@ from trl.models.utils import unwrap_model_for_generation
 
 from siesta.data.errors import RecipeError
 from siesta.data.prompts import messages
+from siesta.data.schema import Example
 from siesta.rl import policies
 from siesta.rl.callbacks import CollapseGuard, HackAlarm, MetricsFile, SampleFile, ScreenLine, Validation
-from siesta.rl.config import DeGRPOConfig
+from siesta.rl.config import DeGRPOConfig, SleepConfig
 from siesta.rl.context import Context, main_process
-from siesta.rl.evaluate import print_table
+from siesta.rl.evaluate import print_states, print_table
 from siesta.rl.export import export_checkpoint
 from siesta.rl.models import lora_config, make_model, save_model
 from siesta.rl.modes import check_stage_ids
 from siesta.rl.origin import read_origin
+from siesta.rl.policies import Measurement
 from siesta.rl.precision import default_device, mixed_by_default
 from siesta.rl.quantize import quantization_config
 from siesta.rl.report import write_report
 from siesta.rl.run import write_atomically
+from siesta.rl.sleep.states import evaluation
+from siesta.rl.sleep.trainer import SleepTrainer
+from siesta.rl.sleep.warmup import writer_rows
 from siesta.rl.timing import Profile
 from siesta.rl.tracking import start_trackers
 from siesta.rl.trainer import DeGRPOTrainer
 from siesta.rl.warmup import IGNORED, StopOnAccuracy, accuracy_by_level, check_gate, warmup_rows
-from siesta.rl.warmup_trainer import WarmupTrainer
+from siesta.rl.warmup_trainer import SortedWarmupTrainer, WarmupTrainer
 
 CHECKED_PROMPTS = 64
 
@@ -65,9 +71,15 @@ def rl_config(context: Context) -> DeGRPOConfig:
     Raises:
         RecipeError: TRL refuses a value or a combination.
     """
-    fields = trainer_settings(context, "rl", context.recipe.rl.trainer_fields())
+    recipe = context.recipe
+    fields = trainer_settings(context, "rl", recipe.rl.trainer_fields())
+    kind = DeGRPOConfig
+    if context.writes_notes:
+        # The recipe's groups are those of answers from the same notes.
+        kind = partial(SleepConfig, sleeps=recipe.sleep.sleeps)
+        fields["num_generations"] = recipe.sleep.sleeps * recipe.rl.setting("num_generations")
     try:
-        config = DeGRPOConfig(**fields)
+        config = kind(**fields)
     except ValueError as error:
         raise RecipeError(f"rl: {error}") from error
     config.model_init_kwargs = model_arguments(context)
@@ -93,13 +105,21 @@ def warmup_stage(context: Context) -> None:
         save_trained(context, trainer, "warmup")
     if main_process():
         model = context.load(context.start)
-        measured = context.measure(model, validation, samples=1)
+        measured = measure_taught(context, model, validation)
         shares = ", ".join(
             f"P({name}) {share:.2f}" for name, share in zip(measured.modes, measured.mode_probs.mean(0), strict=True)
         )
         context.say(f"warm-up gate: mass {measured.mass.mean():.3f}, {shares}")
         context.say(f"warm-up gate: accuracy % by level: {accuracy_by_level(measured)}")
         check_gate(measured, section, context.modes)
+
+
+def measure_taught(context: Context, model: Any, validation: list[Example]) -> Measurement:
+    """What the warm-up is stopped by: every mode without a state, and the writer of notes if there is one."""
+    measured = context.measure(model, validation, samples=1)
+    if not context.writes_notes:
+        return measured
+    return replace(measured, rows_right=float(context.sleep_states(model, validation).rows_right.mean()))
 
 
 def warmup_config(context: Context) -> SFTConfig:
@@ -118,7 +138,7 @@ def warmup_trainer(context: Context, validation) -> SFTTrainer:
     """SFTTrainer on two-mode rows."""
     recipe, section = context.recipe, context.recipe.warmup
     rows = warmup_rows(
-        context.warmup_examples,
+        context.taught_examples,
         context.judge,
         pairing=section.pairing,
         shares=section.shares,
@@ -127,8 +147,11 @@ def warmup_trainer(context: Context, validation) -> SFTTrainer:
         balanced=section.balanced,
         own_only=section.responses is not None,
     )
+    if context.writes_notes:
+        # Behind the readers' rows: the first batch is checked against their prompts.
+        rows = Dataset.from_list(rows.to_list() + writer_rows(context.warmup_examples, context.notes()))
     config = warmup_config(context)
-    trainer = WarmupTrainer(
+    trainer = (SortedWarmupTrainer if context.writes_notes else WarmupTrainer)(
         model=str(context.path / "model"),
         args=config,
         train_dataset=rows,
@@ -136,10 +159,11 @@ def warmup_trainer(context: Context, validation) -> SFTTrainer:
         quantization_config=quantization_config(recipe.model),
         peft_config=lora_config(recipe.model.lora, train_embeddings=True),
     )
-    rl = recipe.rl.setting
-    context.say(f"warm-up: {trainer.pack_if_possible(rl('attention'), compiled=rl('compile_layers'))}")
+    line = trainer.pack_if_possible(recipe.rl.setting("attention"), compiled=recipe.rl.setting("compile_layers"))
+    if line is not None:
+        context.say(f"warm-up: {line}")
     trainer.add_callback(
-        StopOnAccuracy(lambda model: context.measure(model, validation, samples=1), section, context.say)
+        StopOnAccuracy(lambda model: measure_taught(context, model, validation), section, context.say)
     )
     watch(context, trainer, "warmup", {"loss": "loss", "mean_token_accuracy": "token accuracy"})
     return trainer
@@ -147,7 +171,7 @@ def warmup_trainer(context: Context, validation) -> SFTTrainer:
 
 def check_first_batch(context: Context, trainer: SFTTrainer) -> None:
     """Prove on a real batch of the warm-up that the ids before the loss are those of data/prompts.py."""
-    count = min(CHECKED_PROMPTS, len(context.warmup_examples))
+    count = min(CHECKED_PROMPTS, len(context.taught_examples))
     rows = [cast(Dataset, trainer.train_dataset)[i] for i in range(count)]
     batch = trainer.data_collator(rows)
     found = []
@@ -157,7 +181,7 @@ def check_first_batch(context: Context, trainer: SFTTrainer) -> None:
         assert ids[start] in context.modes.token_ids, row
         found.append(ids[:start])
     shown = len(context.modes) if context.recipe.warmup.pairing == "paired" else 1
-    expected = [ids for ids in context.prompts(context.warmup_examples[:count]) for _ in range(shown)][:count]
+    expected = [ids for ids in context.prompts(context.taught_examples[:count]) for _ in range(shown)][:count]
     check_stage_ids("warm-up", expected, found)
 
 
@@ -186,14 +210,12 @@ def watch(context: Context, trainer: Trainer, stage: str, columns: dict[str, str
 
 
 def rl_dataset(context: Context) -> Dataset:
-    """Rows of `prompt`, `answer` and `verifier`."""
+    """Rows of `prompt`, `answer` and `verifier`; for sleep of `context` and `query` as well."""
+    columns = ("answer", "verifier", "context", "query") if context.writes_notes else ("answer", "verifier")
     return Dataset.from_list(
         [
-            {
-                "prompt": messages(example, context.recipe.data.instruction),
-                "answer": example.answer,
-                "verifier": example.verifier,
-            }
+            {"prompt": messages(example, context.recipe.data.instruction)}
+            | {column: vars(example)[column] for column in columns}
             for example in context.train_examples
         ]
     )
@@ -205,7 +227,10 @@ def rl_stage(context: Context) -> None:
     if not recipe.rl.enabled:
         return
     guard = CollapseGuard(recipe.rl.guard, context.modes.names)
-    trainer = DeGRPOTrainer(
+    kind: Any = DeGRPOTrainer
+    if context.writes_notes:
+        kind = partial(SleepTrainer, sleep=context.notes(context.temperature))
+    trainer = kind(
         model=str(context.start),
         judge=context.judge,
         args=rl_config(context),
@@ -243,8 +268,23 @@ def validate(context: Context, trainer: DeGRPOTrainer, examples) -> dict[str, fl
         if main_process():
             measured = context.measure(cast(Any, model), examples, samples=context.recipe.evaluate.every_samples)
             values = validation_numbers(policies.table(measured, resamples=1, seed=0))
+            if context.writes_notes:
+                values |= validate_notes(context, cast(Any, model), examples)
     trainer.accelerator.wait_for_everyone()
     return values
+
+
+def validate_notes(context: Context, model: Any, examples: list[Example]) -> dict[str, float]:
+    """The same numbers for readers of the model's own notes, `validation/own/...`, and how the writer does."""
+    states = context.sleep_states(model, examples)
+    samples = context.recipe.evaluate.every_samples
+    measured = context.measure_states(model, states, samples, only=["own"])["own"]
+    numbers = validation_numbers(policies.table(measured, resamples=1, seed=0))
+    values = {name.replace("validation/", "validation/own/"): value for name, value in numbers.items()}
+    return values | {
+        "validation/rows_right": float(states.rows_right.mean()),
+        "validation/note_tokens": float(states.tokens.mean()),
+    }
 
 
 def validation_numbers(result: dict) -> dict[str, float]:
@@ -276,9 +316,16 @@ def evaluate_stage(context: Context) -> None:
     folders |= {"after": context.path / "rl"} if trained else {}
     results = {}
     for name, folder in folders.items():
+        bootstrap = {"resamples": section.resamples, "seed": section.seed}
+        model = context.load(folder)
+        if context.writes_notes:
+            states = context.sleep_states(model, examples)
+            measured = context.measure_states(model, states, section.samples)
+            results[name] = evaluation(measured, states, **bootstrap)
+            continue
         with context.writer(folder, examples) as write:
-            measured = context.measure(context.load(folder), examples, samples=section.samples, write=write)
-        results[name] = policies.table(measured, resamples=section.resamples, seed=section.seed)
+            measured = context.measure(model, examples, samples=section.samples, write=write)
+        results[name] = policies.table(measured, **bootstrap)
     write_atomically(context.path / "evaluation.json", json.dumps(results, indent=1) + "\n")
     show_evaluation(context)
 
@@ -288,6 +335,10 @@ def show_evaluation(context: Context) -> None:
     if main_process():
         results = json.loads((context.path / "evaluation.json").read_text())
         last = list(results)[-1]
+        if context.writes_notes:
+            for name, result in results.items():
+                print_states(result, f"{context.recipe.tracking.run}: {name} RL")
+            return
         if len(results) > 1:
             print_table(results["before"], f"{context.recipe.tracking.run}: before RL", only=["free"])
         print_table(results[last], f"{context.recipe.tracking.run}: {last} RL")

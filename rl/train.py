@@ -14,9 +14,9 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 
-from siesta.data.errors import UserError
+from siesta.data.errors import RecipeError, UserError
 from siesta.data.loading import skipped_rows
-from siesta.rl.config import check_method
+from siesta.rl.config import DeGRPOConfig, SleepConfig, check_method
 from siesta.rl.console import quiet_libraries
 from siesta.rl.context import Context
 from siesta.rl.machine import check_engine, check_machine, memory_estimate
@@ -27,6 +27,7 @@ from siesta.rl.precision import lost_updates
 from siesta.rl.quantize import quantization_config
 from siesta.rl.recipe import Recipe, dump_recipe, load_recipe
 from siesta.rl.run import Run
+from siesta.rl.sleep.trainer import check_batch
 from siesta.rl.stages import STAGES, GuardStop, rl_config, show_evaluation, warmup_config
 
 
@@ -36,7 +37,9 @@ def preflight(recipe: Recipe, context: Context) -> None:
     Raises:
         UserError: One line.
     """
-    check_method(rl_config(context), len(recipe.modes))
+    config = rl_config(context)
+    check_method(config, len(recipe.modes))
+    check_sleep(recipe, config)
     check_model(recipe, context)
     for line in skipped_rows(recipe.data):
         context.say(line)
@@ -45,12 +48,29 @@ def preflight(recipe: Recipe, context: Context) -> None:
     examples += context.warmup_examples if recipe.warmup.responses else []
     prompts = context.prompts(examples)
     names = [example.id for example in examples]
-    check_prompts(context.tokenizer, context.modes, dict(zip(names, prompts, strict=True)))
+    openers = [*context.modes, context.notes().mode] if context.writes_notes else context.modes
+    check_prompts(context.tokenizer, openers, dict(zip(names, prompts, strict=True)))
     longest = max(map(len, prompts)) + 1 + max(mode.max_tokens for mode in context.modes)
-    check_machine(rl_config(context), getattr(torch, recipe.model.dtype), longest)
+    if context.writes_notes:
+        longest += recipe.sleep.max_tokens  # as a completion, or in a reader's prompt
+    check_machine(config, getattr(torch, recipe.model.dtype), longest)
     if recipe.evaluate.engine == "vllm":
         check_engine("evaluate.engine", "engine: generate")
     context.judge.verifiers  # noqa: B018  builds every verifier that the examples name
+
+
+def check_sleep(recipe: Recipe, config: DeGRPOConfig) -> None:
+    """Refuse a sleep that would not be trained or measured as the recipe says.
+
+    Raises:
+        RecipeError: With the key to change.
+    """
+    if recipe.sleep.mechanism not in ("none", "notes"):
+        raise RecipeError(f"sleep.mechanism: {recipe.sleep.mechanism} cannot be trained from a recipe yet; use notes")
+    if isinstance(config, SleepConfig):
+        check_batch(config, recipe.sleep.queries)
+        if recipe.evaluate.engine == "vllm":
+            raise RecipeError("evaluate.engine: vllm: notes are evaluated with the model itself; set engine: generate")
 
 
 def check_model(recipe: Recipe, context: Context) -> None:

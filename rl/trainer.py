@@ -11,6 +11,8 @@ What is overridden, and why (tests/test_trl_contract.py holds TRL to it):
 - `log`: means are taken without dropping NaN.
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -22,11 +24,11 @@ from siesta.data.prompts import pad_id
 from siesta.rl.advantages import Credit, Rollouts, assign_credit, control_factors, kl_weights, token_weights
 from siesta.rl.config import DeGRPOConfig, check_method
 from siesta.rl.engines import caps_per_mode, check_logp_gap
-from siesta.rl.generation import inference, mode_policy, replaced, respond, sampling_config
+from siesta.rl.generation import Writer, inference, mode_policy, replaced, respond, sampling_config
 from siesta.rl.judge import Judge, RewardFunction
 from siesta.rl.loss import kl_loss, mass_loss, mode_target_loss, policy_loss, token_ratio
 from siesta.rl.metrics import hack_metrics, rollout_metrics
-from siesta.rl.modes import Modes
+from siesta.rl.modes import Mode, Modes
 from siesta.rl.passes import Passes
 from siesta.rl.rollout import ModePlan, annealed_floor, draw_modes
 from siesta.rl.scoring import TokenScores
@@ -55,7 +57,7 @@ class DeGRPOTrainer(GRPOTrainer):
             model=model, reward_funcs=[self.reward_function], args=args, processing_class=judge.tokenizer, **kwargs
         )
         self.method = args
-        self.group = cast(int, args.num_generations)
+        self.group = args.group
         models = [model for model in (self.model, self.ref_model) if model is not None]
         self.passes = Passes(self.accelerator, args, self.modes, cast(list[torch.nn.Module], models))
         self.phases = Phases(self.accelerator.device)
@@ -117,9 +119,20 @@ class DeGRPOTrainer(GRPOTrainer):
 
     def _generate_locally(self, prompt_ids: list[list[int]]) -> list[list[int]]:
         """Responses with `generate`, mode by mode: a short one does not wait for a long one."""
-        eos_ids = cast(list[int], self.eos_token_ids)
-        config = sampling_config(self.temperature, pad_id(self._tokenizer), eos_ids)
         responses: list[list[int]] = [[] for _ in prompt_ids]
+        with self._writer() as write:
+            for column, mode in enumerate(self.modes):
+                rows = (self._plan.modes == column).nonzero().flatten().tolist()
+                written = write([prompt_ids[i] for i in rows], mode, temperature=self.temperature) if rows else []
+                for i, response in zip(rows, written, strict=True):
+                    responses[i] = response
+                self._verify(column, responses)
+        return responses
+
+    @contextmanager
+    def _writer(self) -> Iterator[Writer]:
+        """What writes one batch of responses with `generate` and the weights of this step, whole on every rank."""
+        eos_ids = cast(list[int], self.eos_token_ids)
         with (
             unwrap_model_for_generation(
                 cast(Any, self.model_wrapped),
@@ -129,13 +142,12 @@ class DeGRPOTrainer(GRPOTrainer):
             inference(cast(torch.nn.Module, model)),
             replaced(model, "generation_config", GenerationConfig()),
         ):
-            for column, mode in enumerate(self.modes):
-                rows = (self._plan.modes == column).nonzero().flatten().tolist()
-                written = respond(model, [prompt_ids[i] for i in rows], mode, config, eos_ids) if rows else []
-                for i, response in zip(rows, written, strict=True):
-                    responses[i] = response
-                self._verify(column, responses)
-        return responses
+
+            def write(prompts: Sequence[list[int]], mode: Mode, *, temperature: float | None) -> list[list[int]]:
+                config = sampling_config(temperature, pad_id(self._tokenizer), eos_ids)
+                return respond(model, prompts, mode, config, eos_ids)
+
+            yield write
 
     def _verify(self, column: int, responses: list[list[int]]) -> None:
         """Start on the verdicts of one mode while the rest of the step goes on."""

@@ -5,9 +5,11 @@ is padding; sorted into batches by length, a batch shows one mode of one kind of
 batches stay mixed and lose their padding where the machine has an attention that tells packed rows apart.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
+from torch.utils.data import Sampler
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTTrainer
 
@@ -23,8 +25,11 @@ class WarmupTrainer(SFTTrainer):
 
     backend: Backend | None = None
 
-    def pack_if_possible(self, attention: str, *, compiled: bool) -> str:
-        """Pack rows from now on if the back end that `attention` comes to here does; the line that says which it is.
+    def pack_if_possible(self, attention: str, *, compiled: bool) -> str | None:
+        """Pack rows from now on if the back end that `attention` comes to here does.
+
+        Returns:
+            A line that says which it is; None if rows stay padded.
 
         Raises:
             RecipeError: This machine does not have it.
@@ -32,8 +37,9 @@ class WarmupTrainer(SFTTrainer):
         model = without_adapters(cast(torch.nn.Module, self.model))
         dtype = compute_dtype(self.args, model.dtype)
         backend, line = choose_backend(attention, self.accelerator.device.type, dtype, model.config, model)
-        if backend.packed:
-            self.pack(backend, compiled=compiled)
+        if not backend.packed:
+            return None
+        self.pack(backend, compiled=compiled)
         return line
 
     def pack(self, backend: Backend, *, compiled: bool) -> None:
@@ -72,3 +78,35 @@ def packed_inputs(inputs: dict[str, torch.Tensor], backend: Backend) -> dict[str
     labels = inputs["labels"].clone()
     labels[:, 0] = IGNORED
     return pack.inputs | {"labels": labels[mask.bool()][None]} | backend.arguments(pack)
+
+
+class SortedSteps(Sampler[int]):
+    """The rows of each optimizer step by length, so that its micro-batches are padded little. Written notes are many
+    times as long as answers; the gradient of the step is the same, because the loss is a mean over its tokens.
+
+    Args:
+        order: Of all rows.
+        lengths: Tokens of each row.
+        step: Rows of an optimizer step.
+    """
+
+    def __init__(self, order: Sampler[int], lengths: Sequence[int], step: int):
+        self.order, self.lengths, self.step = order, lengths, step
+
+    def __iter__(self) -> Iterator[int]:
+        rows = list(self.order)
+        for start in range(0, len(rows), self.step):
+            yield from sorted(rows[start : start + self.step], key=lambda row: self.lengths[row])
+
+    def __len__(self) -> int:
+        return len(cast(Any, self.order))
+
+
+class SortedWarmupTrainer(WarmupTrainer):
+    """WarmupTrainer whose order of rows is `SortedSteps`."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        order = cast(Sampler[int], super()._get_train_sampler(train_dataset))
+        lengths = [len(ids) for ids in cast(Any, self.train_dataset)["input_ids"]]
+        step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return SortedSteps(order, lengths, step)

@@ -218,7 +218,7 @@ def test_the_record_is_json_with_a_fingerprint_per_section(recipe: Callable) -> 
     run = Run(recipe())
     finish(run, "model", "warmup")
     record = json.loads(run.record.read_text())
-    assert list(record["model"]) == ["seed", "model", "modes"]
-    assert list(record["warmup"]) == ["seed", "model", "modes", "data", "warmup"]
+    assert list(record["model"]) == ["seed", "model", "modes", "sleep"]
+    assert list(record["warmup"]) == ["seed", "model", "modes", "sleep", "data", "warmup"]
     assert record["model"] == Run(recipe("rl.tau=0.3")).prints("model")
     assert record["model"]["seed"] != Run(recipe("seed=1")).prints("model")["seed"]

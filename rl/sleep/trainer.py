@@ -1,0 +1,226 @@
+"""SleepTrainer: DeGRPO behind a sleep that writes notes, and the writer is trained by what the answers earn.
+
+    context c -> J sleeps -> m queries -> G answers
+
+In TRL's terms a query is repeated J * G times. Before the rollouts every context of the batch is slept on J times by
+the policy of this step and the prompts are replaced by those of a reader, so everything behind them (mode plan,
+rollouts, rewards, credit, engines) is DeGRPO's own. After the rewards the notes join the batch as rows with weights
+of their own: the loss of the notes, of the modes and of the answers are means apart.
+
+What is overridden: `_get_train_sampler`, `_generate_and_score_completions`, `_add_weights`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from datasets import Dataset
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Sampler
+from trl.trainer.utils import RepeatSampler
+
+from siesta.data.errors import DataError, RecipeError
+from siesta.data.prompts import messages, pad_id
+from siesta.data.schema import Example
+from siesta.rl.advantages import Credit, Rollouts, token_weights
+from siesta.rl.config import SleepConfig, optimizer_steps
+from siesta.rl.generation import left_pad
+from siesta.rl.judge import Judge
+from siesta.rl.metrics import sleep_metrics
+from siesta.rl.sleep import credit
+from siesta.rl.sleep.notes import NotesSleep, note_tokens
+from siesta.rl.sleep.protocol import SleepTokens
+from siesta.rl.spread import Batch, concatenate
+from siesta.rl.trainer import DeGRPOTrainer
+
+
+@dataclass(frozen=True)
+class Night:
+    """The sleep before a generation batch, of C contexts on this rank.
+
+    Args:
+        kinds: State that each context's queries come with (`credit.KINDS`).
+        slept: The contexts with notes of their own, S of them.
+        actions: Written in each pass, J notes a context, S * J rows.
+    """
+
+    kinds: list[str]
+    slept: list[int]
+    actions: list[SleepTokens]
+
+
+class BlockSampler(Sampler[int]):
+    """TRL's order of rows with blocks in the place of rows: the rows of a block follow each other, each repeated."""
+
+    def __init__(self, blocks: Sequence[Sequence[int]], repeats: int, **settings: Any):
+        self.blocks, self.repeats = blocks, repeats
+        self._order = RepeatSampler(cast(Any, range(len(blocks))), mini_repeat_count=1, **settings)
+
+    def __iter__(self):
+        for block in self._order:
+            for row in self.blocks[block]:
+                yield from [row] * self.repeats
+
+    def __len__(self) -> int:
+        return len(self._order) * len(self.blocks[0]) * self.repeats
+
+
+def check_batch(config: SleepConfig, queries: int) -> None:
+    """Raises RecipeError unless a rank's generation batch is a whole number of contexts."""
+    block = queries * cast(int, config.num_generations)
+    rows = config.per_device_train_batch_size * cast(int, config.steps_per_generation)
+    if rows % block:
+        raise RecipeError(
+            f"rl.per_device_train_batch_size: {rows} rollouts of a device are no whole number of contexts: each has "
+            f"sleep.queries {queries} x sleep.sleeps {config.sleeps} x rl.num_generations {config.group} = {block}"
+        )
+
+
+class SleepTrainer(DeGRPOTrainer):
+    """DeGRPO with notes.
+
+    Args:
+        model, judge: As for DeGRPOTrainer.
+        args: `num_generations` is J * G.
+        sleep: Writes at the temperature of the rollouts.
+        kwargs: Passed on. Rows of the data set have `context` and `query` too; those of a context follow each other.
+
+    Raises:
+        RecipeError: A device's batch does not hold whole contexts.
+        DataError: No context has as many queries.
+    """
+
+    def __init__(self, model, judge: Judge, args: SleepConfig, *, sleep: NotesSleep, **kwargs):
+        self.sleep = sleep
+        self.sleep_section = sleep.section
+        check_batch(args, self.sleep_section.queries)
+        super().__init__(model, judge, args, **kwargs)
+        self.sleeps = args.sleeps
+        self.block = self.sleep_section.queries * self.sleeps * self.group  # rollouts of a context
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
+        """Blocks of m queries, so that a batch holds all queries of its contexts."""
+        rows = cast(Dataset, self.train_dataset if dataset is None else dataset)
+        queries, settings = self.sleep_section.queries, self.method
+        blocks = credit.query_blocks(rows["context"], queries)
+        contexts = cast(int, settings.generation_batch_size) // self.block
+        if len(blocks) < contexts:
+            raise DataError(
+                f"data: {len(blocks)} contexts have sleep.queries {queries} rows that follow each other, a batch "
+                f"needs {contexts}; lower sleep.queries, or ask a task for more (data.queries, data.train_size)"
+            )
+        return BlockSampler(
+            blocks,
+            self.sleeps * self.group,
+            batch_size=contexts,
+            repeat_count=self.num_iterations * cast(int, settings.steps_per_generation),
+            shuffle=bool(self.shuffle_dataset),
+            seed=settings.seed,
+        )
+
+    # ---- sleep -------------------------------------------------------------------------------------------------
+
+    def _generate_and_score_completions(self, inputs):
+        """Sleep first; then TRL's batch for readers, and the notes as rows of it."""
+        contexts = [row["context"] for row in inputs[:: self.block]]
+        # A rank counts its own contexts only, so all ranks sleep on as many: writing can be a collective.
+        batches = self.state.global_step // optimizer_steps(self.method)
+        kinds = credit.state_kinds(
+            len(contexts),
+            self.sleep_section.stateless,
+            first=batches * len(contexts),
+            keep_context=self.sleep_section.keep_context,
+        )
+        slept = [place for place, kind in enumerate(kinds) if kind == credit.OWN]
+        with self.phases("sleep"), self._writer() as write:
+            copies = [contexts[place] for place in slept for _ in range(self.sleeps)]
+            notes, actions = self.sleep.write(write, copies, passes=self.sleep_section.passes)
+        self._night = Night(kinds, slept, actions)
+        texts = {place: notes.texts[i * self.sleeps : (i + 1) * self.sleeps] for i, place in enumerate(slept)}
+        read = []
+        for source in credit.sources(kinds):
+            read.append([None] * self.sleeps if source is None else texts[source])
+        return super()._generate_and_score_completions(
+            [self._reader(row, read[i // self.block][i // self.group % self.sleeps]) for i, row in enumerate(inputs)]
+        )
+
+    def _reader(self, row: dict, notes: str | None) -> dict:
+        """A row of the data set with the prompt of a reader of `notes`."""
+        if notes is None:
+            return row
+        example = Example("", row["context"], row["query"], row["answer"])
+        return row | {"prompt": messages(self.sleep.reader(example, notes), self.sleep.instruction)}
+
+    # ---- credit ------------------------------------------------------------------------------------------------
+
+    def _add_weights(self, batch: dict, rollouts: Rollouts, given: Credit, own: slice) -> None:
+        """Answers get DeGRPO's weights; behind them stand the notes with their own."""
+        super()._add_weights(batch, rollouts, given, own)
+        night = self._night
+        if night.slept:
+            advantages, tokens = self._write_credit(rollouts.rewards[own])
+            batch |= concatenate([batch, self._write_rows(batch, advantages)])
+        else:
+            advantages, tokens = torch.empty(0, self.sleeps), torch.empty(0, self.sleeps)
+        kinds = torch.tensor([credit.KINDS.index(kind) for kind in night.kinds]).repeat_interleave(self.block)
+        numbers = sleep_metrics(
+            self.modes.names,
+            rollouts,
+            self._gathered(kinds),
+            kinds=credit.KINDS,
+            tokens=self._gathered(tokens),
+            advantages=self._gathered(advantages),
+        )
+        for name, value in numbers.items():
+            self._current_metrics[name].append(value)
+
+    def _write_credit(self, rewards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Advantage and tokens of each notes of this rank, (S, J) each, from the rewards of its rollouts."""
+        slept = rewards.view(-1, self.sleep_section.queries, self.sleeps, self.group)[self._night.slept]
+        tokens = torch.tensor(note_tokens(self._night.actions)).float().view(-1, self.sleeps)
+        # A sleep token costs `price` wake tokens, and a wake token what the recipe says.
+        price = self.sleep_section.price * self.method.price_per_token
+        return credit.write_advantages(credit.sleep_rewards(slept, tokens, price)), tokens
+
+    def _write_rows(self, batch: Batch, advantages: torch.Tensor) -> Batch:
+        """The written tokens of all passes as rows that `batch` can be joined with.
+
+        Every token of notes (c, j) has weight `sleep.weight` / (N T) with T its tokens and N the texts of the
+        optimizer step over all ranks; the sleep token was forced and has none. These rows have no KL term, no mode.
+        """
+        passes = len(self._night.actions)
+        prompts = [ids for step in self._night.actions for ids in step.prompt_ids]
+        completions = [torch.tensor(ids) for step in self._night.actions for ids in step.completion_ids]
+        prompt_ids, prompt_mask = left_pad(prompts, pad_id(self._tokenizer))
+        ids = pad_sequence(completions, batch_first=True, padding_value=pad_id(self._tokenizer))
+        mask = pad_sequence([torch.ones_like(row) for row in completions], batch_first=True)
+        credited = advantages.flatten().repeat(passes)
+        known = ~credited.isnan()
+        steps = cast(int, self.method.steps_per_generation) / self.args.gradient_accumulation_steps
+        total = self._gathered(known.sum()[None]).sum().item() / steps
+        weights = token_weights(mask, known, total, control=torch.zeros(len(ids)), decoupled=True)
+        weights = self.sleep_section.weight * weights
+        rows = {
+            "prompt_ids": prompt_ids,
+            "prompt_mask": prompt_mask,
+            "completion_ids": ids,
+            "completion_mask": mask,
+            "advantages": credited.nan_to_num(0.0)[:, None].repeat(1, ids.shape[1]),
+            "weights": weights,
+            "importance_sampling_ratio": torch.ones(ids.shape),  # the notes come from the trainer's own weights
+        }
+        rows = {key: value.to(batch["prompt_ids"].device) for key, value in rows.items() if key in batch}
+        if "old_per_token_logps" in batch:
+            whole = torch.cat([rows["prompt_ids"], rows["completion_ids"]], dim=1)
+            whole_mask = torch.cat([rows["prompt_mask"], rows["completion_mask"]], dim=1)
+            rows["old_per_token_logps"] = self._get_per_token_logps_and_entropies(
+                self.model, whole, whole_mask, ids.shape[1]
+            )[0]
+        # The rest is about modes and about the KL term: nothing of that weighs here.
+        for key in batch.keys() - rows.keys():
+            value = batch[key]
+            token_wise = value.dim() == 2 and value.shape[1] == batch["completion_ids"].shape[1]
+            shape = (len(ids), *((ids.shape[1],) if token_wise and key != "mode_targets" else value.shape[1:]))
+            rows[key] = value if value.dim() == 0 else value.new_zeros(shape)
+        return rows
