@@ -1,6 +1,6 @@
 """From a recipe's section `sleep` to a way to sleep, with what the model needs for it: slots, or a memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,30 +18,36 @@ from siesta.rl.recipe import Recipe
 from siesta.rl.sleep.gist import GistSleep, add_slots
 from siesta.rl.sleep.latent import LatentSleep
 from siesta.rl.sleep.memory import BRANCH, MemorySleep, add_memory, load_memory
+from siesta.rl.sleep.notes import NotesSleep
+from siesta.rl.sleep.protocol import Consolidator
 from siesta.rl.sleep.raw import NoSleep, RawSleep
 from siesta.rl.sleep.tensors import TensorSleep
 from siesta.rl.sleep_section import SleepSection
 
+Way = Consolidator[Any]
 Builder = Callable[[SleepSection, PreTrainedTokenizerBase, PreTrainedModel, dict[str, Any]], TensorSleep]
 
 
 def build_consolidator(
-    section: SleepSection, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, **settings: Any
-) -> TensorSleep:
+    section: SleepSection,
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    *,
+    reserved: Sequence[int] = (),
+    **settings: Any,
+) -> Way:
     """The way to sleep that a section names. Slots that are missing are added to model and tokenizer, a memory that is
     missing to the model; both are new weights, so this comes before an optimizer is made or weights are loaded.
 
     Args:
+        reserved: Ids of the control tokens, which notes must not hold.
         settings: Of `TensorSleep`: `instruction`, `batch_size`.
 
     Raises:
         RecipeError: The mechanism cannot be had, or not with this model.
     """
-    if section.mechanism not in BUILDERS:
-        raise RecipeError(
-            f"sleep.mechanism: {section.mechanism}: states of this kind are not made here yet; take one of "
-            f"{', '.join(BUILDERS)}"
-        )
+    if section.mechanism == "notes":
+        return NotesSleep(tokenizer, section, reserved, **settings)
     try:
         return BUILDERS[section.mechanism](section, tokenizer, model, settings)
     except ModelError as error:
@@ -88,14 +94,15 @@ class Sleeper:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     modes: Modes
-    way: TensorSleep
+    way: Way
     trained: bool
 
 
 def open_sleeper(recipe: Recipe, path: Path | str | None) -> Sleeper:
     """The recipe's way to sleep with a trained model.
 
-    `trained` is False where the mechanism's own weights (slots, memory) are not the model's but new: they say nothing.
+    `trained` is False where the mechanism's own weights (slots, memory, the token that opens notes) are not the model's
+    but new: they say nothing.
 
     Args:
         path: A folder or a hub name; None is the export of the recipe's run.
@@ -116,9 +123,12 @@ def open_sleeper(recipe: Recipe, path: Path | str | None) -> Sleeper:
     model = load_weights(origin, dtype=section.dtype, trust_remote_code=section.trust_remote_code)
     grow_embeddings(model, tokenizer, added)
     known = len(tokenizer)
+    reserved = build_modes(recipe.modes, tokenizer).token_ids
     with fixed_randomness(recipe.seed):
-        way = build_consolidator(recipe.sleep, tokenizer, model, instruction=recipe.data.instruction)
-    trained = len(tokenizer) == known
+        way = build_consolidator(
+            recipe.sleep, tokenizer, model, reserved=reserved, instruction=recipe.data.instruction
+        )
+    trained = len(tokenizer) == known and (way.name != "notes" or recipe.sleep.token not in added)
     if way.name == "memory":
         trained = load_memory(model, Path(section.path or ""))
     cast(torch.nn.Module, model).to(default_device())

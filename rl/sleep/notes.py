@@ -53,12 +53,10 @@ class Notes:
         return [len(text.encode()) for text in self.texts]
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """`utf8`, (P, longest) uint8, filled up with 0, and `bytes`, (P,)."""
-        lengths = self.nbytes()
-        rows = torch.zeros((len(self), max(lengths, default=0)), dtype=torch.uint8)
-        for row, text in enumerate(self.texts):
-            rows[row, : lengths[row]] = torch.tensor(list(text.encode()), dtype=torch.uint8)
-        return {"utf8": rows, "bytes": torch.tensor(lengths)}
+        """`utf8`, (P, longest) uint8, filled with 0 in front."""
+        longest = max(self.nbytes(), default=0)
+        rows = [list(text.encode().rjust(longest, b"\0")) for text in self.texts]
+        return {"utf8": torch.tensor(rows, dtype=torch.uint8).view(len(self), longest)}
 
 
 def kept_rows(text: str) -> list[str]:
@@ -158,6 +156,11 @@ class NotesSleep:
             notes = [self.keep(self.text(ids)) for ids in written]
         return Notes(notes), actions
 
+    def check(self, model: PreTrainedModel, contexts: Sequence[str], passes: int) -> None:
+        """See `Consolidator.check`."""
+        longest = max(len(self.writer_prompt(context)) for context in contexts) + self.section.max_tokens
+        check_length(model, longest, "with its notes a text")
+
     def sleep(
         self,
         model: PreTrainedModel,
@@ -169,8 +172,7 @@ class NotesSleep:
         """See `Consolidator.sleep`. With a temperature it draws from torch's own generator, or from one seeded by
         `generator`.
         """
-        longest = max(len(self.writer_prompt(context)) for context in contexts) + self.section.max_tokens
-        check_length(model, longest, "with its notes a text")
+        self.check(model, contexts, passes)
         tokens = {"pad_id": pad_id(self.tokenizer), "eos_id": end_id(self.tokenizer)}
         write = partial(complete, model, batch_size=self.batch_size, **tokens)
         with torch.random.fork_rng(enabled=generator is not None):
@@ -189,17 +191,19 @@ class NotesSleep:
         )
         return SleepOut(state, actions, cost)
 
+    def prompts(self, state: Notes, queries: Sequence[Example]) -> list[list[int]]:
+        """See `Consolidator.prompts`: queries behind the notes on their contexts."""
+        read = [self.reader(query, text) for query, text in zip(queries, state.texts, strict=True)]
+        return [prompt_ids(self.tokenizer, messages(example, self.instruction)) for example in read]
+
     def attach(self, state: Notes, queries: Sequence[Example]) -> dict[str, Any]:
         """See `Consolidator.attach`: prompts with the notes in them, (P, longest), padded on the left."""
-        read = [self.reader(query, text) for query, text in zip(queries, state.texts, strict=True)]
-        rows = [prompt_ids(self.tokenizer, messages(example, self.instruction)) for example in read]
-        ids, mask = left_pad(rows, pad_id(self.tokenizer))
+        ids, mask = left_pad(self.prompts(state, queries), pad_id(self.tokenizer))
         return {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask)}
 
     def restore(self, tensors: dict[str, torch.Tensor]) -> Notes:
         """See `Consolidator.restore`."""
-        rows = zip(tensors["utf8"].tolist(), tensors["bytes"].tolist(), strict=True)
-        return Notes([bytes(row[:length]).decode() for row, length in rows])
+        return Notes([bytes(row).lstrip(b"\0").decode() for row in tensors["utf8"].tolist()])
 
 
 def note_tokens(actions: Sequence[SleepTokens]) -> list[int]:

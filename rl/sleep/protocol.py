@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from siesta.data.schema import Example
 
@@ -90,6 +90,16 @@ class Consolidator(Protocol[S]):
 
     name: str
     differentiable: bool
+    tokenizer: PreTrainedTokenizerBase
+    batch_size: int
+
+    def check(self, model: PreTrainedModel, contexts: Sequence[str], passes: int) -> None:
+        """Refuse, before any of them is slept on, contexts that `sleep` would refuse.
+
+        Raises:
+            DataError: See `sleep`.
+        """
+        ...
 
     def sleep(
         self, model: PreTrainedModel, contexts: Sequence[str], *, passes: int, generator: torch.Generator | None
@@ -99,6 +109,10 @@ class Consolidator(Protocol[S]):
         Raises:
             DataError: A context is empty or longer than the model takes.
         """
+        ...
+
+    def prompts(self, state: S, queries: Sequence[Example]) -> list[list[int]]:
+        """Token ids that wake reads of each query, up to the place of the control token."""
         ...
 
     def attach(self, state: S, queries: Sequence[Example]) -> dict[str, Any]:

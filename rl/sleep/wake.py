@@ -29,10 +29,10 @@ from siesta.rl.modes import Mode, Modes
 from siesta.rl.precision import training_autocast
 from siesta.rl.recipe import Recipe, load_recipe
 from siesta.rl.run import write_atomically
-from siesta.rl.sleep.factory import Sleeper, open_sleeper
+from siesta.rl.sleep.factory import Sleeper, Way, open_sleeper
 from siesta.rl.sleep.night import fields
+from siesta.rl.sleep.protocol import State
 from siesta.rl.sleep.store import StateStore, identity
-from siesta.rl.sleep.tensors import TensorSleep, TensorState
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Answer:
 
 def answer(
     model: PreTrainedModel,
-    way: TensorSleep,
-    state: TensorState,
+    way: Way,
+    state: State,
     queries: Sequence[Example],
     modes: Modes,
     *,
@@ -84,7 +84,7 @@ def answer(
     return [answers[i] for i in range(len(queries))]
 
 
-def alike(way: TensorSleep, state: TensorState, queries: Sequence[Example]) -> Iterator[list[int]]:
+def alike(way: Way, state: State, queries: Sequence[Example]) -> Iterator[list[int]]:
     """Indices of queries in batches of equally large states and equally long prompts."""
     groups: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
     for i, (size, prompt) in enumerate(zip(state.nbytes(), way.prompts(state, queries), strict=True)):
