@@ -101,8 +101,8 @@ class Sleeper:
 def open_sleeper(recipe: Recipe, path: Path | str | None) -> Sleeper:
     """The recipe's way to sleep with a trained model.
 
-    `trained` is False where the mechanism's own weights (slots, memory, the token that opens notes) are new and not the
-    model's: they say nothing.
+    `trained` is False where the mechanism's own weights (slots, memory, the token that opens notes) are new: they say
+    nothing.
 
     Args:
         path: A folder or a hub name; None is the export of the recipe's run.
