@@ -34,7 +34,7 @@ WRITER = [
     "rl.advantage=group",
     "rl.num_generations=1",
     "rl.share_prompts=false",
-    "rl.max_steps=150",
+    "rl.max_steps=100",
     "rl.learning_rate=3.0e-4",
     "rl.lr_scheduler_type=cosine",
     "rl.lr_scheduler_kwargs=null",
@@ -45,27 +45,39 @@ COMMAND = "python -m benchmarks.sleep_notes"
 ARMS = {"wake": [], "writer": WRITER}
 
 
-def writers(run: Path, resamples: int, seed: int) -> dict[str, dict]:
-    """Writer -> its notes' rows right and tokens, and the trained reader's accuracy with them; mean and interval.
+def writers(run: Path) -> dict[str, dict]:
+    """Decoding of notes -> writer -> its notes' rows right and tokens, and the trained reader's accuracy with them.
 
-    `gain` is the accuracy with the trained writer's notes less that with the warm-up's, item by item.
+    Notes are greedy, or drawn as in training. Mean and interval each; `gain` is the accuracy with the trained writer's
+    notes less that with the warm-up's, item by item.
     """
     context = Context(Run(load_recipe(run / "recipe.yaml")), print)
     examples = context.examples("test", context.recipe.evaluate.items)
     reader = context.load(run / "rl")
-    result, accuracy = {}, {}
-    bootstrap = {"resamples": resamples, "seed": seed}
-    for name, folder in {"warm-up": context.start, "RL": run / "rl"}.items():
-        states = context.sleep_states(context.load(folder), examples)
-        measured = context.measure_states(reader, states, 1, only=["own"])["own"]
-        accuracy[name] = free_choice(measured)["accuracy"]
-        numbers = {"rows_right": states.rows_right, "tokens": states.tokens, "kept": states.kept}
-        numbers["accuracy"] = accuracy[name]
-        result[name] = {
-            key: estimate(values.astype(float), states.contexts, **bootstrap) for key, values in numbers.items()
+    section = context.recipe.evaluate
+    folders = {"warm-up": context.start, "RL": run / "rl"}
+    result: dict[str, dict] = {}
+    for decoding, temperature in (("greedy", None), ("drawn", context.temperature)):
+        found, accuracy = {}, {}
+        for name, folder in folders.items():
+            states = context.sleep_states(context.load(folder), examples, temperature)
+            measured = context.measure_states(reader, states, 1, only=["own"])["own"]
+            accuracy[name] = free_choice(measured)["accuracy"]
+            found[name] = {
+                "accuracy": accuracy[name],
+                "rows_right": states.rows_right,
+                "tokens": states.tokens,
+                "kept": states.kept,
+            }
+        found["gain"] = {"accuracy": accuracy["RL"] - accuracy["warm-up"]}
+        result[decoding] = {
+            name: {
+                key: estimate(values.astype(float), states.contexts, resamples=section.resamples, seed=section.seed)
+                for key, values in columns.items()
+            }
+            for name, columns in found.items()
         }
-    gain = accuracy["RL"] - accuracy["warm-up"]
-    return result | {"gain": {"accuracy": estimate(gain, states.contexts, **bootstrap)}}
+    return result
 
 
 def read_run(run: Path, arm: str) -> dict:
@@ -79,8 +91,7 @@ def read_run(run: Path, arm: str) -> dict:
         return found
     file = run / "writers.json"
     if not file.exists():
-        section = load_recipe(run / "recipe.yaml").evaluate
-        file.write_text(json.dumps(writers(run, section.resamples, section.seed)) + "\n")
+        file.write_text(json.dumps(writers(run)) + "\n")
     return found | {"writers": json.loads(file.read_text())}
 
 
@@ -166,13 +177,14 @@ def writers_table(runs: dict[str, dict]) -> str:
     """The trained reader with the notes of either writer."""
     rows = []
     for number, seed in runs.items():
-        for name in ("warm-up", "RL"):
-            own = seed["writers"][name]
-            gain = interval_cell(seed["writers"]["gain"]["accuracy"], 100) if name == "RL" else ""
-            cells = [interval_cell(own[key], 100) for key in ("rows_right", "accuracy")]
-            tokens = [interval_cell(own[key]) for key in ("tokens", "kept")]
-            rows.append([number, name, *cells, *tokens, gain])
-    header = ["seed", "writer", "rows right %", "accuracy %", "tokens written", "tokens kept"]
+        for decoding, found in seed["writers"].items():
+            for name in ("warm-up", "RL"):
+                own = found[name]
+                gain = interval_cell(found["gain"]["accuracy"], 100) if name == "RL" else ""
+                cells = [interval_cell(own[key], 100) for key in ("rows_right", "accuracy")]
+                tokens = [interval_cell(own[key]) for key in ("tokens", "kept")]
+                rows.append([number, decoding, name, *cells, *tokens, gain])
+    header = ["seed", "notes", "writer", "rows right %", "accuracy %", "tokens written", "tokens kept"]
     return markdown([*header, "gain, points"], rows)
 
 

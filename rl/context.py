@@ -204,10 +204,12 @@ class Context:
                 write=write,
             )
 
-    def sleep_states(self, model: PreTrainedModel, examples: Sequence[Example]) -> States:
-        """Greedy notes of `model` on every context of the examples."""
-        with training_autocast(self.recipe.rl, model.device):
-            return states_of(self.notes(), model, examples)
+    def sleep_states(
+        self, model: PreTrainedModel, examples: Sequence[Example], temperature: float | None = None
+    ) -> States:
+        """Notes of `model` on every context of the examples; greedy by default."""
+        with fixed_randomness(self.recipe.evaluate.seed), training_autocast(self.recipe.rl, model.device):
+            return states_of(self.notes(temperature), model, examples)
 
     def measure_states(
         self, model: PreTrainedModel, states: States, samples: int, only: Sequence[str] = STATES

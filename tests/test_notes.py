@@ -1,9 +1,11 @@
 """Notes as a state: what is kept of them, who reads what, pass after pass, and what the warm-up teaches."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import pytest
 import torch
+from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
 from siesta.data.errors import DataError
@@ -14,7 +16,7 @@ from siesta.rl import embedded
 from siesta.rl.modes import Mode, grow_embeddings, prepare_tokenizer
 from siesta.rl.sleep.notes import Notes, NotesSleep, kept, kept_rows, note_tokens, rows_right
 from siesta.rl.sleep.protocol import SleepTokens
-from siesta.rl.sleep.warmup import IGNORED, distinct, reader_examples, writer_rows
+from siesta.rl.sleep.warmup import IGNORED, SortedSteps, distinct, reader_examples, writer_rows
 from siesta.rl.sleep_section import SleepSection
 from tests.helpers import SECTIONS
 
@@ -222,6 +224,15 @@ def test_later_passes_are_taught_to_write_the_same_again() -> None:
         example = distinct(hop(24, 8))[i % 3]
         so_far = "" if i % 3 == 0 else kept(example.meta["notes"]) + " "
         assert text == f"{example.context} {so_far}<q> <sleep> {example.meta['notes']} <eos>"
+
+
+def test_a_step_has_the_same_rows_in_order_of_length() -> None:
+    lengths = [5, 70, 3, 4, 60, 9, 8, 7]
+    order = [7, 1, 2, 0, 5, 4, 3, 6]
+    sampler = SortedSteps(cast(Sampler[int], order), lengths, step=4)
+    assert list(sampler) == [2, 0, 7, 1, 3, 6, 5, 4], "3 5 7 70 and 4 8 9 60 tokens"
+    assert len(sampler) == 8
+    assert list(SortedSteps(cast(Sampler[int], order[:6]), lengths, step=4))[4:] == [5, 4], "the last may be smaller"
 
 
 def test_what_cannot_be_taught_is_refused() -> None:
