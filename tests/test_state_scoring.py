@@ -14,16 +14,15 @@ from siesta.rl.scoring import Scorer, TokenScores
 from siesta.rl.sleep.gist import GistSleep, add_slots
 from siesta.rl.sleep.latent import LatentSleep
 from siesta.rl.sleep.memory import BRANCH, MemorySleep, add_memory
-from siesta.rl.sleep.scoring import STATELESS, StateScorer
+from siesta.rl.sleep.scoring import StateScorer
 from siesta.rl.sleep.tensors import TensorState
 from tests.helpers import batch_of
 from tests.hybrids import COMMON, TOKENIZER, context, hybrid
 
 CONTROL = [TOKENIZER.get_vocab()[word] for word in ("a", "b")]  # any two words will do
 MODES = Modes([Mode(name=f"m{token}", token="", token_id=token, max_tokens=4) for token in CONTROL])
-CONTEXTS = [context(7), context(4, 1), context(7, 2)]
-# Three rollouts of the first context, one of the last, one that is read as it stands.
-OWNERS = [0, 2, STATELESS, 0, 0]
+# Three rollouts of a context, one of another, one that is read as it stands.
+CONTEXTS = [context(7), context(4, 1), None, context(7), context(7)]
 ROWS = [
     ([9], [CONTROL[0], 7, 8]),
     ([11, 5], [CONTROL[1], 6]),
@@ -67,8 +66,8 @@ def unrolled(model: Any, way: Any, row: int) -> torch.Tensor:
     """Log-probabilities of one rollout, token by token of a plain forward pass behind its own sleep."""
     prompt, completion = ROWS[row]
     cache = None
-    if OWNERS[row] != STATELESS:
-        cache = way.cache(way.sleep(model, [CONTEXTS[OWNERS[row]]], passes=PASSES).state)
+    if CONTEXTS[row] is not None:
+        cache = way.cache(way.sleep(model, [CONTEXTS[row]], passes=PASSES).state)
     logits = model(input_ids=torch.tensor([prompt + completion]), past_key_values=cache).logits[0, len(prompt) - 1 :]
     logps = torch.log_softmax(logits[:-1], dim=-1).gather(1, torch.tensor(completion)[:, None])[:, 0]
     control = MODES.log_policy(logits[0])
@@ -91,7 +90,7 @@ def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
 def test_rows_score_as_each_alone(mechanism: str) -> None:
     model, way = setting(mechanism)
     with torch.no_grad():
-        scores = scorer(model, way).score(model, CONTEXTS, OWNERS, *batch_of(ROWS, left=1, right=1))
+        scores = scorer(model, way).score(model, CONTEXTS, *batch_of(ROWS, left=1, right=1))
         for row, (_, completion) in enumerate(ROWS):
             found = scores.per_token_logps[row]
             torch.testing.assert_close(
@@ -108,7 +107,7 @@ def test_gradients_through_sleep_add_up(mechanism: str) -> None:
     model, way = setting(mechanism)
     scored = scorer(model, way)
     batch = batch_of(ROWS)
-    mine = gradients(model, weighted(scored.score(model, CONTEXTS, OWNERS, *batch)))
+    mine = gradients(model, weighted(scored.score(model, CONTEXTS, *batch)))
     width = batch[2]
     alone = torch.zeros((), dtype=torch.float64)
     for row in range(len(ROWS)):
@@ -125,7 +124,7 @@ def test_gradients_through_sleep_add_up(mechanism: str) -> None:
         return state.detach(), cost
 
     way.consolidate = cut
-    without = gradients(model, weighted(scored.score(model, CONTEXTS, OWNERS, *batch)))
+    without = gradients(model, weighted(scored.score(model, CONTEXTS, *batch)))
     assert max((mine[name] - without[name]).abs().max() for name in without) > 1e-3
     if mechanism == "memory":
         assert any(name.startswith(f"{BRANCH}.memory.to_keys") for name in mine.keys() - without.keys())
@@ -144,14 +143,14 @@ def test_each_context_is_slept_on_once_and_is_read(mechanism: str) -> None:
 
     way.consolidate = watching
     with torch.no_grad():
-        own = scored.score(model, CONTEXTS, OWNERS, *batch_of(ROWS)).per_token_logps
-        assert slept == [2], "two contexts have rows, and the one without any is not slept on"
+        own = scored.score(model, CONTEXTS, *batch_of(ROWS)).per_token_logps
+        assert slept == [2]
 
         def zeroed(*arguments: Any) -> Any:
             state, cost = consolidate(*arguments)
             return TensorState({name: torch.zeros_like(part) for name, part in state.parts.items()}), cost
 
         way.consolidate = zeroed
-        empty = scored.score(model, CONTEXTS, OWNERS, *batch_of(ROWS)).per_token_logps
+        empty = scored.score(model, CONTEXTS, *batch_of(ROWS)).per_token_logps
     moved = (own - empty).abs().amax(dim=1) > 1e-5
-    assert moved.tolist() == [owner != STATELESS for owner in OWNERS]
+    assert moved.tolist() == [context is not None for context in CONTEXTS]

@@ -14,11 +14,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from siesta.rl.packing import Pack, lay_out
+from siesta.rl.packing import lay_out
 from siesta.rl.scoring import Scorer, TokenScores
 from siesta.rl.sleep.tensors import TensorSleep, TensorState
-
-STATELESS = -1  # owner of a row that is read as it stands
 
 
 class StateScorer:
@@ -38,8 +36,7 @@ class StateScorer:
     def score(
         self,
         model: PreTrainedModel,
-        contexts: Sequence[str],
-        owners: Sequence[int],
+        contexts: Sequence[str | None],
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         completion_length: int,
@@ -47,35 +44,30 @@ class StateScorer:
         """Score the completions of R rows, as `Scorer.score` does.
 
         Args:
-            contexts: What is slept on.
-            owners: Place in `contexts` of each row's state, or `STATELESS`. Contexts without a row are not slept on.
+            contexts: What is slept on for each row; None if it is read as it stands.
             input_ids, attention_mask: (R, P + T), prompts padded on the left, completions on the right; the prompt of
                 a row with a state is without its context.
             completion_length: T.
         """
+        stateless = [row for row, context in enumerate(contexts) if context is None]
+        slept = {row: context for row, context in enumerate(contexts) if context is not None}
         parts = []
-        for stateless in (False, True):
-            rows = [row for row, owner in enumerate(owners) if (owner == STATELESS) == stateless]
+        for rows in (list(slept), stateless):
             if rows:
                 pack = lay_out(input_ids[rows], attention_mask[rows], completion_length, packed=False)
-                if not stateless:
-                    pack = self._behind(model, contexts, [owners[row] for row in rows], pack)
+                if rows is not stateless:
+                    state = fanned_out(self.way, model, list(slept.values()), self.passes)
+                    before = behind(self.way, state, pack.inputs["position_ids"])
+                    pack = replace(pack, inputs=pack.inputs | before)
                 parts.append((rows, self.scorer.score(model, pack)))
         return in_order(parts)
 
-    def _behind(self, model: PreTrainedModel, contexts: Sequence[str], owners: list[int], pack: Pack) -> Pack:
-        """The pack with the states of its rows in front."""
-        state = fanned_out(self.way, model, contexts, owners, self.passes)
-        return replace(pack, inputs=pack.inputs | behind(self.way, state, pack.inputs["position_ids"]))
 
-
-def fanned_out(
-    way: TensorSleep, model: PreTrainedModel, contexts: Sequence[str], owners: Sequence[int], passes: int
-) -> TensorState:
-    """The states of some contexts, one for each owner; each context is slept on once."""
-    asked = sorted(set(owners))
-    state = way.sleep(model, [contexts[place] for place in asked], passes=passes).state
-    return state.select([asked.index(owner) for owner in owners])
+def fanned_out(way: TensorSleep, model: PreTrainedModel, contexts: Sequence[str], passes: int) -> TensorState:
+    """The state of each row's context; contexts that are equal are slept on once."""
+    unique = {context: place for place, context in enumerate(dict.fromkeys(contexts))}
+    state = way.sleep(model, list(unique), passes=passes).state
+    return state.select([unique[context] for context in contexts])
 
 
 def behind(way: TensorSleep, state: TensorState, position_ids: torch.Tensor) -> dict[str, Any]:
