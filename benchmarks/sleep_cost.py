@@ -24,8 +24,8 @@ from siesta.data.schema import Example
 from siesta.data.tasks import hop
 from siesta.rl.generation import decode, inference, replaced, sampling_config
 from siesta.rl.modes import Mode
-from siesta.rl.sleep.factory import build_consolidator
-from siesta.rl.sleep.tensors import TensorSleep, TensorState
+from siesta.rl.sleep.factory import Way, build_consolidator
+from siesta.rl.sleep.protocol import State
 from siesta.rl.sleep_section import SleepSection
 
 
@@ -48,7 +48,7 @@ def words(count: int, seed: int) -> str:
     return " ".join(Random(seed).choices(hop.WORDS, k=count))
 
 
-def wake(model: PreTrainedModel, way: TensorSleep, state: TensorState, query: Example, mode: Mode) -> list[int]:
+def wake(model: PreTrainedModel, way: Way, state: State, query: Example, mode: Mode) -> list[int]:
     """Tokens written from a state."""
     kwargs = way.attach(state, [query])
     caller: Any = model

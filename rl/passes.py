@@ -76,17 +76,16 @@ class Passes:
         """Work of a sequence."""
         return sequence_cost(length, self.tokens_per_doubling)
 
-    def units(
-        self, lengths: list[int], prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, **most: Any
-    ) -> list[Unit]:
+    def units(self, batch: Batch, **most: Any) -> list[Unit]:
         """Rollouts that stay together: those of a prompt if it is shared, else each alone."""
-        names = same_prompts(prompt_ids, prompt_mask).tolist() if self.scorer.share else range(len(lengths))
+        prompt_ids, prompt_mask = batch["prompt_ids"], batch["prompt_mask"]
+        names = same_prompts(prompt_ids, prompt_mask).tolist() if self.scorer.share else range(len(prompt_ids))
         prompts = list(zip(names, prompt_mask.sum(1).tolist(), strict=True))
-        return make_units(lengths, prompts, self.cost, **most)
+        return make_units(sequence_lengths(batch), prompts, self.cost, **most)
 
     def groups(self, batch: Batch) -> list[Unit]:
         """Units of a generation batch: no more rows in any than a group has, so that steps can be of equal rows."""
-        return self.units(sequence_lengths(batch), batch["prompt_ids"], batch["prompt_mask"], rows=self.args.group)
+        return self.units(batch, rows=self.args.group)
 
     def deal(self, batch: Batch, seed: int) -> list[Batch]:
         """The micro-batches of a generation batch; see `siesta.rl.spread.spread`."""
@@ -100,15 +99,15 @@ class Passes:
             seed=seed,
         )
 
-    def split(self, ids: torch.Tensor, mask: torch.Tensor, completion_length: int) -> list[list[int]]:
+    def split(self, batch: Batch) -> list[list[int]]:
         """Rows of each pass; as many passes on every rank, some of them perhaps without rows."""
-        budget, prompts = self.args.token_budget, slice(None, -completion_length)
-        units = self.units(mask.sum(1).tolist(), ids[:, prompts], mask[:, prompts], rows=len(ids), tokens=budget)
+        budget, device = self.args.token_budget, batch["prompt_ids"].device
+        units = self.units(batch, rows=len(batch["prompt_ids"]), tokens=budget)
         tokens = [unit.tokens for unit in units]
         if self.scorer.backend.packed:
             parts = split_packed(tokens, [unit.cost for unit in units], budget)
         else:
-            parts = split_sorted(tokens, budget, PASS_COST_CPU if ids.device.type == "cpu" else PASS_COST)
+            parts = split_sorted(tokens, budget, PASS_COST_CPU if device.type == "cpu" else PASS_COST)
         number = torch.tensor([len(parts)], device=self.accelerator.device)
         most = int(cast(torch.Tensor, self.accelerator.gather(number)).max())
         rows = [[row for i in part for row in units[i].rows] for part in parts]
@@ -116,9 +115,13 @@ class Passes:
 
     def score(self, model: torch.nn.Module, rows: Batch) -> TokenScores:
         """Scores of a batch in one training pass."""
+        return self.scores(model, rows, counted=self.peak_flops is not None)
+
+    def scores(self, model: torch.nn.Module, rows: Batch, *, counted: bool = False) -> TokenScores:
+        """Scores of a batch in one pass, whose FLOPs are counted or not."""
         ids, mask = with_prompts(rows)
         pack = self.scorer.lay_out(ids, mask, rows["completion_ids"].shape[1])
-        if self.peak_flops is not None:
+        if counted:
             self.flops += model_flops(self.config, pack.lengths.tolist(), len(pack.targets) + len(pack.lengths))
             self.flops -= model_flops(self.config, saved_prompts(pack), 0)
         with self.accelerator.autocast():
@@ -138,7 +141,7 @@ class Passes:
     ) -> torch.Tensor:
         """Loss of a micro-batch. All passes but the last have gone backward when it returns; the last is its graph."""
         self._check(model, batch)
-        *parts, last = self.split(*with_prompts(batch), batch["completion_ids"].shape[1])
+        *parts, last = self.split(batch)
         done = torch.zeros((), device=self.accelerator.device)
         # The Trainer scales the same way: DeepSpeed would divide by the accumulation steps once more.
         scale = {"scale_wrt_gas": False} if self.accelerator.distributed_type == DistributedType.DEEPSPEED else {}
@@ -169,17 +172,25 @@ class Passes:
                 f"ones for this model (at most {MAX_DISAGREEMENT}); set rl.attention: sdpa, rl.share_prompts: false"
             )
 
-    def log_probabilities(
-        self, model: torch.nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_length: int
-    ) -> torch.Tensor:
-        """Log-probabilities of the last `completion_length` tokens of each row, (B, T), without gradient."""
-        logps = torch.zeros((len(input_ids), completion_length), device=input_ids.device)
-        for rows in self.split(input_ids, attention_mask, completion_length):
+    def log_probabilities(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """Log-probabilities of completions, (B, T), without gradient."""
+        logps = torch.zeros(batch["completion_ids"].shape, device=batch["completion_ids"].device)
+        for rows in self.split(batch):
             part = rows or [0]
-            with torch.no_grad(), self.accelerator.autocast():
-                pack = self.scorer.lay_out(input_ids[part], attention_mask[part], completion_length)
-                logps[part] = self.scorer.score(model, pack).per_token_logps
+            with torch.no_grad():
+                logps[part] = self.scores(model, {key: value[part] for key, value in batch.items()}).per_token_logps
         return logps
+
+
+def without_prompts(ids: torch.Tensor, mask: torch.Tensor, completion_length: int) -> Batch:
+    """Prompts and completions of whole sequences, (B, P + T): the inverse of `with_prompts`."""
+    cut = ids.shape[1] - completion_length
+    return {
+        "prompt_ids": ids[:, :cut],
+        "prompt_mask": mask[:, :cut],
+        "completion_ids": ids[:, cut:],
+        "completion_mask": mask[:, cut:],
+    }
 
 
 def with_prompts(rows: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,7 +27,7 @@ from siesta.rl.precision import lost_updates
 from siesta.rl.quantize import quantization_config
 from siesta.rl.recipe import Recipe, dump_recipe, load_recipe
 from siesta.rl.run import Run
-from siesta.rl.sleep.trainer import check_batch
+from siesta.rl.sleep.context_trainer import check_batch
 from siesta.rl.stages import STAGES, GuardStop, rl_config, show_evaluation, warmup_config
 
 

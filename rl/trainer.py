@@ -29,7 +29,7 @@ from siesta.rl.judge import Judge, RewardFunction
 from siesta.rl.loss import kl_loss, mass_loss, mode_target_loss, policy_loss, token_ratio
 from siesta.rl.metrics import hack_metrics, rollout_metrics
 from siesta.rl.modes import Mode, Modes
-from siesta.rl.passes import Passes
+from siesta.rl.passes import Passes, without_prompts
 from siesta.rl.rollout import ModePlan, annealed_floor, draw_modes
 from siesta.rl.scoring import TokenScores
 from siesta.rl.spread import Batch, sequence_lengths
@@ -59,15 +59,32 @@ class DeGRPOTrainer(GRPOTrainer):
         self.method = args
         self.group = args.group
         models = [model for model in (self.model, self.ref_model) if model is not None]
-        self.passes = Passes(self.accelerator, args, self.modes, cast(list[torch.nn.Module], models))
+        self.passes = self._make_passes(cast(list[torch.nn.Module], models))
         self.phases = Phases(self.accelerator.device)
         self.add_callback(OptimizerPhase(self.phases))
         self._logged_step = 0
 
+    def _make_passes(self, models: Sequence[torch.nn.Module]) -> Passes:
+        """What runs the passes of the trained model and, if there is one, of the reference model."""
+        return Passes(self.accelerator, self.method, self.modes, models)
+
     # ---- rollouts ----------------------------------------------------------------------------------------------
 
     def _plan_modes(self, prompt_ids: list[list[int]]) -> ModePlan:
-        """Exact pi_old of each unique prompt of this rank, in one forward pass, and a mode for each rollout."""
+        """Exact pi_old of each prompt of this rank, and a mode for each rollout."""
+        log_policy, mass = self._policy(prompt_ids)
+        first = self.accelerator.process_index * len(prompt_ids)
+        modes, sampled = draw_modes(
+            log_policy.exp(),
+            (torch.arange(len(prompt_ids)) + first) % self.group,
+            group=self.group,
+            sampling=self.method.mode_sampling,
+            floor=annealed_floor(self.method.mode_floor, self.state.global_step, self.method.mode_floor_steps),
+        )
+        return ModePlan(modes, log_policy.exp(), sampled, mass)
+
+    def _policy(self, prompt_ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """log pi_old(m given x), (B, M), and the mass on control tokens, (B,), from each unique prompt once."""
         unique = [list(ids) for ids in dict.fromkeys(map(tuple, prompt_ids))]
         row = {tuple(ids): i for i, ids in enumerate(unique)}
         # Every rank runs as many batches as the one with the most prompts: a forward pass can be a collective.
@@ -83,15 +100,7 @@ class DeGRPOTrainer(GRPOTrainer):
             device=self.accelerator.device,
         )
         rows = [row[tuple(ids)] for ids in prompt_ids]
-        first = self.accelerator.process_index * len(prompt_ids)
-        modes, sampled = draw_modes(
-            log_policy[rows].exp(),
-            (torch.arange(len(prompt_ids)) + first) % self.group,
-            group=self.group,
-            sampling=self.method.mode_sampling,
-            floor=annealed_floor(self.method.mode_floor, self.state.global_step, self.method.mode_floor_steps),
-        )
-        return ModePlan(modes, log_policy[rows].exp(), sampled, mass[rows])
+        return log_policy[rows], mass[rows]
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         with self.phases("verify"):
@@ -123,11 +132,15 @@ class DeGRPOTrainer(GRPOTrainer):
         with self._writer() as write:
             for column, mode in enumerate(self.modes):
                 rows = (self._plan.modes == column).nonzero().flatten().tolist()
-                written = write([prompt_ids[i] for i in rows], mode, temperature=self.temperature) if rows else []
+                written = self._respond(write, prompt_ids, rows, mode) if rows else []
                 for i, response in zip(rows, written, strict=True):
                     responses[i] = response
                 self._verify(column, responses)
         return responses
+
+    def _respond(self, write: Writer, prompt_ids: list[list[int]], rows: Sequence[int], mode: Mode) -> list[list[int]]:
+        """Responses to the prompts of some rows in one mode."""
+        return write([prompt_ids[i] for i in rows], mode, temperature=self.temperature)
 
     @contextmanager
     def _writer(self) -> Iterator[Writer]:
@@ -163,7 +176,12 @@ class DeGRPOTrainer(GRPOTrainer):
         """Log-probabilities of completions, in as many passes as the token budget asks for."""
         phase = "reference_logps" if model is self.ref_model else "old_logps"
         with self.phases(phase, int(attention_mask.sum())):
-            return self.passes.log_probabilities(model, input_ids, attention_mask, logits_to_keep), None, None
+            batch = self._sequences(input_ids, attention_mask, logits_to_keep)
+            return self.passes.log_probabilities(model, batch), None, None
+
+    def _sequences(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_length: int) -> Batch:
+        """Rows of the generation batch in hand, as the passes take them."""
+        return without_prompts(input_ids, attention_mask, completion_length)
 
     # ---- credit ------------------------------------------------------------------------------------------------
 

@@ -16,8 +16,10 @@ from siesta.rl import embedded
 from siesta.rl.modes import Mode, grow_embeddings, prepare_tokenizer
 from siesta.rl.sleep.notes import Notes, NotesSleep, kept, kept_rows, note_tokens, rows_right
 from siesta.rl.sleep.protocol import SleepTokens
-from siesta.rl.sleep.warmup import IGNORED, SortedSteps, distinct, reader_examples, writer_rows
+from siesta.rl.sleep.warmup import distinct, reader_examples, writer_rows
 from siesta.rl.sleep_section import SleepSection
+from siesta.rl.warmup import IGNORED
+from siesta.rl.warmup_trainer import SortedSteps
 from tests.helpers import SECTIONS
 
 TOKENS = [section.token for section in SECTIONS.values()]

@@ -18,8 +18,9 @@ from siesta.rl.judge import Judge, build_judge
 from siesta.rl.models import build_modes
 from siesta.rl.modes import grow_embeddings, prepare_tokenizer
 from siesta.rl.passes import with_prompts
+from siesta.rl.sleep.context_trainer import BlockSampler
 from siesta.rl.sleep.notes import NotesSleep, note_tokens
-from siesta.rl.sleep.trainer import BlockSampler, SleepTrainer
+from siesta.rl.sleep.trainer import SleepTrainer
 from siesta.rl.sleep_section import SleepSection
 from siesta.rl.spread import Batch, select
 from tests.helpers import SECTIONS, parameters

@@ -401,7 +401,7 @@ def test_every_rank_makes_as_many_passes_and_those_without_rows_add_nothing(tmp_
     monkeypatch.setattr(trainer.accelerator, "gather", lambda number: torch.cat([number, torch.tensor([11])]))
     for way in WAYS:
         use(trainer, *way)
-        parts = trainer.passes.split(*ids_and_mask(batch))
+        parts = trainer.passes.split(batch)
         assert len(parts) == 11
         assert sorted(row for part in parts for row in part) == list(range(8))
         assert parts[-1] == []
@@ -539,7 +539,7 @@ def test_units_of_a_batch_are_its_groups_and_passes_cut_them_by_tokens(tmp_path)
     twice = select(batch, [0, 4, 1, 5, 0, 2, 6, 3, 7, 1, 2, 3])  # a prompt that is drawn twice makes two groups
     assert sorted(len(unit.rows) for unit in trainer.passes.groups(twice)) == [4, 4, 4]
     trainer.passes.args.token_budget = max(lengths)
-    parts = trainer.passes.split(*ids_and_mask(batch))
+    parts = trainer.passes.split(batch)
     assert len(parts) > 2
     assert sorted(row for part in parts for row in part) == list(range(8))
     use(trainer, SDPA, 10_000)

@@ -102,7 +102,7 @@ class Consolidator(Protocol[S]):
         ...
 
     def sleep(
-        self, model: PreTrainedModel, contexts: Sequence[str], *, passes: int, generator: torch.Generator | None
+        self, model: PreTrainedModel, contexts: Sequence[str], *, passes: int, generator: torch.Generator | None = None
     ) -> SleepOut[S]:
         """Consolidate contexts in `passes` passes.
 

@@ -7,32 +7,26 @@ the policy of this step and the prompts are replaced by those of a reader, so ev
 rollouts, rewards, credit, engines) is DeGRPO's own. After the rewards the notes join the batch as rows with weights
 of their own: the loss of the notes, of the modes and of the answers are means apart.
 
-What is overridden: `_get_train_sampler`, `_generate_and_score_completions`, `_add_weights`.
+What is overridden, beside what ContextTrainer overrides: `_generate_and_score_completions`, `_add_weights`.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
-from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Sampler
-from trl.trainer.utils import RepeatSampler
 
-from siesta.data.errors import DataError, RecipeError
 from siesta.data.prompts import messages, pad_id
 from siesta.data.schema import Example
 from siesta.rl.advantages import Credit, Rollouts, token_weights
-from siesta.rl.config import SleepConfig, optimizer_steps
+from siesta.rl.config import SleepConfig
 from siesta.rl.generation import left_pad
 from siesta.rl.judge import Judge
-from siesta.rl.metrics import sleep_metrics
 from siesta.rl.sleep import credit
+from siesta.rl.sleep.context_trainer import ContextTrainer
 from siesta.rl.sleep.notes import NotesSleep, note_tokens
 from siesta.rl.sleep.protocol import SleepTokens
 from siesta.rl.spread import Batch, concatenate
-from siesta.rl.trainer import DeGRPOTrainer
 
 
 @dataclass(frozen=True)
@@ -50,34 +44,7 @@ class Night:
     actions: list[SleepTokens]
 
 
-class BlockSampler(Sampler[int]):
-    """TRL's order of rows with blocks in the place of rows: the rows of a block follow each other, each repeated."""
-
-    def __init__(self, blocks: Sequence[Sequence[int]], repeats: int, **settings: Any):
-        self.blocks, self.repeats = blocks, repeats
-        self._order = RepeatSampler(cast(Any, range(len(blocks))), mini_repeat_count=1, **settings)
-
-    def __iter__(self):
-        for block in self._order:
-            for row in self.blocks[block]:
-                yield from [row] * self.repeats
-
-    def __len__(self) -> int:
-        return len(self._order) * len(self.blocks[0]) * self.repeats
-
-
-def check_batch(config: SleepConfig, queries: int) -> None:
-    """Raises RecipeError unless a rank's generation batch is a whole number of contexts."""
-    block = queries * cast(int, config.num_generations)
-    rows = config.per_device_train_batch_size * cast(int, config.steps_per_generation)
-    if rows % block:
-        raise RecipeError(
-            f"rl.per_device_train_batch_size: {rows} rollouts of a device are no whole number of contexts: each has "
-            f"sleep.queries {queries} x sleep.sleeps {config.sleeps} x rl.num_generations {config.group} = {block}"
-        )
-
-
-class SleepTrainer(DeGRPOTrainer):
+class SleepTrainer(ContextTrainer):
     """DeGRPO with notes.
 
     Args:
@@ -93,45 +60,13 @@ class SleepTrainer(DeGRPOTrainer):
 
     def __init__(self, model, judge: Judge, args: SleepConfig, *, sleep: NotesSleep, **kwargs):
         self.sleep = sleep
-        self.sleep_section = sleep.section
-        check_batch(args, self.sleep_section.queries)
-        super().__init__(model, judge, args, **kwargs)
-        self.sleeps = args.sleeps
-        self.block = self.sleep_section.queries * self.sleeps * self.group  # rollouts of a context
-
-    def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
-        """Blocks of m queries, so that a batch holds all queries of its contexts."""
-        rows = cast(Dataset, self.train_dataset if dataset is None else dataset)
-        queries, settings = self.sleep_section.queries, self.method
-        blocks = credit.query_blocks(rows["context"], queries)
-        contexts = cast(int, settings.generation_batch_size) // self.block
-        if len(blocks) < contexts:
-            raise DataError(
-                f"data: {len(blocks)} contexts have sleep.queries {queries} rows that follow each other, a batch "
-                f"needs {contexts}; lower sleep.queries, or ask a task for more (data.queries, data.train_size)"
-            )
-        return BlockSampler(
-            blocks,
-            self.sleeps * self.group,
-            batch_size=contexts,
-            repeat_count=self.num_iterations * cast(int, settings.steps_per_generation),
-            shuffle=bool(self.shuffle_dataset),
-            seed=settings.seed,
-        )
+        super().__init__(model, judge, args, sleep_section=sleep.section, **kwargs)
 
     # ---- sleep -------------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs):
         """Sleep first; then TRL's batch for readers, and the notes as rows of it."""
-        contexts = [row["context"] for row in inputs[:: self.block]]
-        # A rank counts its own contexts only, so all ranks sleep on as many: writing can be a collective.
-        batches = self.state.global_step // optimizer_steps(self.method)
-        kinds = credit.state_kinds(
-            len(contexts),
-            self.sleep_section.stateless,
-            first=batches * len(contexts),
-            keep_context=self.sleep_section.keep_context,
-        )
+        contexts, kinds = self._contexts(inputs)
         slept = [place for place, kind in enumerate(kinds) if kind == credit.OWN]
         with self.phases("sleep"), self._writer() as write:
             copies = [contexts[place] for place in slept for _ in range(self.sleeps)]
@@ -163,17 +98,7 @@ class SleepTrainer(DeGRPOTrainer):
             batch |= concatenate([batch, self._write_rows(batch, advantages)])
         else:
             advantages, tokens = torch.empty(0, self.sleeps), torch.empty(0, self.sleeps)
-        kinds = torch.tensor([credit.KINDS.index(kind) for kind in night.kinds]).repeat_interleave(self.block)
-        numbers = sleep_metrics(
-            self.modes.names,
-            rollouts,
-            self._gathered(kinds),
-            kinds=credit.KINDS,
-            tokens=self._gathered(tokens),
-            advantages=self._gathered(advantages),
-        )
-        for name, value in numbers.items():
-            self._current_metrics[name].append(value)
+        self._log_kinds(night.kinds, rollouts, tokens, advantages)
 
     def _write_credit(self, rewards: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Advantage and tokens of each notes of this rank, (S, J) each, from the rewards of its rollouts."""

@@ -3,8 +3,7 @@
     siesta answer recipe.yaml --states states --queries queries.jsonl --out answers.jsonl
 
 A row of queries.jsonl is `{"id": ..., "context_id": ..., "query": ...}`; the model chooses the mode of each answer
-unless `--mode` names one. Decoding is greedy. Queries whose states and prompts are equally long share a batch, so none
-is padded and every kind of state is read as it would be alone.
+unless `--mode` names one. Decoding is greedy.
 """
 
 import argparse
@@ -14,7 +13,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -32,6 +30,7 @@ from siesta.rl.run import write_atomically
 from siesta.rl.sleep.factory import Sleeper, Way, open_sleeper
 from siesta.rl.sleep.night import fields
 from siesta.rl.sleep.protocol import State
+from siesta.rl.sleep.reading import alike, prefill
 from siesta.rl.sleep.store import StateStore, identity
 
 
@@ -66,8 +65,7 @@ def answer(
     config = sampling_config(None, pad_id(way.tokenizer), eos)
     with inference(model), replaced(model, "generation_config", GenerationConfig()):
         for batch in alike(way, state, queries):
-            kwargs = way.attach(state.select(batch), [queries[i] for i in batch])
-            output = cast(Any, model)(**kwargs, use_cache=True, logits_to_keep=1)
+            output, mask = prefill(model, way, state, queries, batch)
             chosen = modes.log_policy(output.logits[:, -1]).argmax(dim=1)
             if mode is not None:
                 chosen = torch.full_like(chosen, modes.index(mode.name))
@@ -77,20 +75,11 @@ def answer(
                 if len(columns) > 1:  # the rows of other modes go on from it, too
                     cache = copy.deepcopy(cache)
                     cache.reorder_cache(rows)
-                written = decode(model, cache, kwargs["attention_mask"][rows], modes[column], config, eos)
+                written = decode(model, cache, mask[rows], modes[column], config, eos)
                 answers |= {
                     batch[i]: Answer(modes[column], ids) for i, ids in zip(rows.tolist(), written, strict=True)
                 }
     return [answers[i] for i in range(len(queries))]
-
-
-def alike(way: Way, state: State, queries: Sequence[Example]) -> Iterator[list[int]]:
-    """Indices of queries in batches of equally large states and equally long prompts."""
-    groups: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
-    for i, (size, prompt) in enumerate(zip(state.nbytes(), way.prompts(state, queries), strict=True)):
-        groups[size, len(prompt)].append(i)
-    for group in groups.values():
-        yield from (group[start : start + way.batch_size] for start in range(0, len(group), way.batch_size))
 
 
 def stored_answers(
