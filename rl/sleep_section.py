@@ -13,6 +13,7 @@ STATES = ("latent", "gist", "memory")
 BELONGS = {
     "sleeps": ("notes",),
     "weight": ("notes",),
+    "price": ("notes",),
     "token": ("notes",),
     "max_tokens": ("notes",),
     "keep_tokens": ("notes",),
