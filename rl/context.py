@@ -1,12 +1,13 @@
 """What the stages of a run share: recipe, data, tokenizer, modes, judge, and the way they are measured."""
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, cast
 
-import torch
+import numpy as np
 from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,17 +18,24 @@ from siesta.data.schema import Example
 from siesta.data.sources import Split
 from siesta.rl.engines import vllm_writer
 from siesta.rl.evaluate import measure
-from siesta.rl.generation import Writer
+from siesta.rl.generation import Writer, fixed_randomness
 from siesta.rl.judge import Judge, build_judge
-from siesta.rl.models import build_modes, load_model, make_tokenizer
+from siesta.rl.models import build_modes, make_tokenizer, model_config
 from siesta.rl.modes import Modes
 from siesta.rl.policies import Measurement
 from siesta.rl.precision import default_device, mixed_dtype, training_autocast
 from siesta.rl.recipe import Recipe
 from siesta.rl.run import Run
+from siesta.rl.sleep.factory import build_way, load_whole
+from siesta.rl.sleep.gist import add_slot_tokens
 from siesta.rl.sleep.notes import NotesSleep
-from siesta.rl.sleep.states import STATES, States, by_context, states_of
+from siesta.rl.sleep.state_warmup import state_examples
+from siesta.rl.sleep.states import STATES as KINDS
+from siesta.rl.sleep.states import States, by_context, states_of
+from siesta.rl.sleep.tensor_states import TensorStates, measure_behind, tensor_states_of
+from siesta.rl.sleep.tensors import TensorSleep
 from siesta.rl.sleep.warmup import reader_examples
+from siesta.rl.sleep_section import STATES
 from siesta.rl.warmup import teachable
 
 
@@ -48,7 +56,10 @@ class Context:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return make_tokenizer(self.recipe)[0]
+        tokenizer = make_tokenizer(self.recipe)[0]
+        if self.recipe.sleep.mechanism == "gist":
+            add_slot_tokens(tokenizer, self.recipe.sleep.slots)
+        return tokenizer
 
     @cached_property
     def modes(self) -> Modes:
@@ -75,14 +86,42 @@ class Context:
 
     @cached_property
     def taught_examples(self) -> list[Example]:
-        """The warm-up examples as they are asked: those of notes' readers in a state."""
+        """The warm-up examples as they are asked: those of readers of a state without their context."""
+        if self.trains_states:
+            return self.taught_behind[0]
         if not self.writes_notes:
             return self.warmup_examples
         return reader_examples(self.warmup_examples, self.notes(), seed=self.recipe.seed)
 
+    @cached_property
+    def taught_behind(self) -> tuple[list[Example], list[str]]:
+        """The warm-up examples of a sleep into tensors as they are asked, and what is slept on for each."""
+        return state_examples(self.warmup_examples, seed=self.recipe.seed)
+
     @property
     def writes_notes(self) -> bool:
         return self.recipe.sleep.mechanism == "notes"
+
+    @property
+    def trains_states(self) -> bool:
+        """Is the state tensors that training writes?"""
+        return self.recipe.sleep.mechanism in STATES
+
+    @property
+    def sleeps(self) -> bool:
+        """Does training sleep on contexts?"""
+        return self.writes_notes or self.trains_states
+
+    @cached_property
+    def way(self) -> TensorSleep:
+        """How to sleep where the state is tensors."""
+        return build_way(
+            self.recipe.sleep,
+            self.tokenizer,
+            model_config(self.recipe, self.tokenizer),
+            instruction=self.recipe.data.instruction,
+            batch_size=self.recipe.evaluate.batch_size,
+        )
 
     def notes(self, temperature: float | None = None) -> NotesSleep:
         """Sleep by writing at a temperature; None is greedy."""
@@ -140,13 +179,11 @@ class Context:
 
     def load(self, folder: Path, device: str | None = None) -> PreTrainedModel:
         """The model that a stage left, in the recipe's dtype."""
-        section = self.recipe.model
-        return load_model(
-            folder,
-            device=device or default_device(),
-            dtype=section.dtype,
-            trust_remote_code=section.trust_remote_code,
-        )
+        return cast(Any, load_whole(folder, self.recipe)).to(device or default_device())
+
+    def trainable(self, folder: Path) -> str | PreTrainedModel:
+        """What a trainer starts from: a folder, or the model itself where transformers would not load all of it."""
+        return self.load(folder, "cpu") if self.recipe.sleep.mechanism == "memory" else str(folder)
 
     def examples(self, split: Split, size: int) -> list[Example]:
         """At most `size` examples of a split."""
@@ -204,6 +241,13 @@ class Context:
                 write=write,
             )
 
+    def slept(self, model: PreTrainedModel, examples: Sequence[Example]) -> States | TensorStates:
+        """What `model` makes of every context of the examples: greedy notes, or tensors."""
+        if not self.trains_states:
+            return self.sleep_states(model, examples)
+        with training_autocast(self.recipe.rl, model.device):
+            return tensor_states_of(self.way, model, examples, passes=self.recipe.sleep.passes)
+
     def sleep_states(
         self, model: PreTrainedModel, examples: Sequence[Example], temperature: float | None = None
     ) -> States:
@@ -211,22 +255,29 @@ class Context:
         with fixed_randomness(self.recipe.evaluate.seed), training_autocast(self.recipe.rl, model.device):
             return states_of(self.notes(temperature), model, examples)
 
+    def sleep_right(self, model: PreTrainedModel, examples: Sequence[Example]) -> float:
+        """See `Measurement.sleep_right`."""
+        states = self.slept(model, examples)
+        if isinstance(states, States):
+            return float(states.rows_right.mean())
+        return float(np.nanmean(self.measure_states(model, states, 1, only=["own"])["own"].greedy_scores))
+
     def measure_states(
-        self, model: PreTrainedModel, states: States, samples: int, only: Sequence[str] = STATES
+        self, model: PreTrainedModel, states: States | TensorStates, samples: int, only: Sequence[str] = KINDS
     ) -> dict[str, Measurement]:
         """`measure` for examples in each state."""
-        return {
-            state: by_context(self.measure(model, states.examples[state], samples=samples), states) for state in only
-        }
+        return {kind: by_context(self._measure_kind(model, states, samples, kind), states) for kind in only}
 
-
-@contextmanager
-def fixed_randomness(seed: int):
-    """torch's generators seeded inside, restored outside: measuring more often must not change the training."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
+    def _measure_kind(
+        self, model: PreTrainedModel, states: States | TensorStates, samples: int, kind: str
+    ) -> Measurement:
+        if isinstance(states, States):
+            return self.measure(model, states.examples[kind], samples=samples)
+        if kind == "none":
+            return self.measure(model, states.examples, samples=samples)
+        settings = {"samples": samples, "temperature": self.temperature}
+        with fixed_randomness(self.recipe.evaluate.seed), training_autocast(self.recipe.rl, model.device):
+            return measure_behind(self.way, model, self.judge, states, kind, **settings)
 
 
 def main_process() -> bool:

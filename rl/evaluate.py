@@ -4,10 +4,11 @@ python -m siesta.rl.evaluate outputs/quickstart            # evaluates rl/final 
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
@@ -17,6 +18,7 @@ from siesta.data.schema import Example
 from siesta.rewards.hacking import FLAGS
 from siesta.rl.generation import Writer, complete, mode_policy
 from siesta.rl.judge import Judge
+from siesta.rl.modes import Mode
 from siesta.rl.policies import Measurement
 
 
@@ -46,9 +48,32 @@ def measure(
     if write is None:
         write = partial(complete, model, eos_id=end_id(tokenizer), **settings)
 
+    def respond(mode: Mode, repeats: int, heat: float | None) -> list[list[int]]:
+        return write([prompt for prompt in prompts for _ in range(repeats)], mode, temperature=heat)
+
+    return measurement(judge, examples, log_policy, mass, respond, samples=samples, temperature=temperature)
+
+
+def measurement(
+    judge: Judge,
+    examples: Sequence[Example],
+    log_policy: torch.Tensor,
+    mass: torch.Tensor,
+    respond: Callable[[Mode, int, float | None], list[list[int]]],
+    *,
+    samples: int,
+    temperature: float,
+) -> Measurement:
+    """Forced rollouts of every example, whatever it is read from.
+
+    Args:
+        log_policy, mass: log pi(m given x), (I, M), and the mass on control tokens, (I,).
+        respond: Responses in a mode, so many of each example one behind the other, at a temperature or greedy.
+    """
+    modes = judge.modes
+
     def answered(repeats: int, heat: float | None) -> list[dict[str, np.ndarray]]:
-        rows = [prompt for prompt in prompts for _ in range(repeats)]
-        return judged(judge, [write(rows, mode, temperature=heat) for mode in modes], examples, repeats)
+        return judged(judge, [respond(mode, repeats, heat) for mode in modes], examples, repeats)
 
     greedy, sampled = answered(1, None), answered(samples, temperature)
 
@@ -142,7 +167,7 @@ def print_states(result: dict, title: str, *, console: Console | None = None) ->
     view = Table(
         title=title,
         caption=f"{result['items']} items of {sleep['contexts']} contexts, greedy; brackets: 95 % bootstrap interval "
-        f"over contexts. Notes of {sleep['note_tokens'][0]:.1f} tokens, {sleep['kept_tokens'][0]:.1f} kept",
+        f"over contexts. {what_sleep_left(sleep)}",
     )
     for name in ("state", "policy", "accuracy %", "tokens", f"{last} %", f"P({last}) %"):
         view.add_column(name, no_wrap=True)
@@ -165,3 +190,10 @@ def print_states(result: dict, title: str, *, console: Console | None = None) ->
         each = ", ".join(f"{cost[0]:.2f} at {m}" for m, cost in row.items() if m != "break_even")
         line = f"cost of a query, sleep token at {price}: {each} queries a context; {without:.2f} without sleep"
         console.print(f"{line}; break-even at {row['break_even'][0]:.1f} queries")
+
+
+def what_sleep_left(sleep: dict) -> str:
+    """One sentence on the states of an evaluation."""
+    if "note_tokens" in sleep:
+        return f"Notes of {sleep['note_tokens'][0]:.1f} tokens, {sleep['kept_tokens'][0]:.1f} kept"
+    return f"States of {sleep['state_bytes'][0]:,.0f} bytes, {sleep['sleep_tokens'][0]:.1f} tokens computed in sleep"

@@ -14,9 +14,10 @@ from transformers import GenerationConfig
 
 from siesta.data.errors import ModelError, UserError
 from siesta.data.prompts import end_id, pad_id
-from siesta.rl.models import load_model, load_tokenizer, save_model
+from siesta.rl.models import load_tokenizer, save_model
 from siesta.rl.origin import Origin, read_origin
 from siesta.rl.recipe import Recipe, dump_recipe, load_recipe
+from siesta.rl.sleep.factory import load_whole
 
 PACKAGES = ("siesta-rl", "torch", "transformers", "trl", "accelerate", "peft")
 
@@ -42,7 +43,7 @@ def export_checkpoint(checkpoint: Path, out: Path, *, run: Path, dtype: str | No
         ModelError: There is no model in `checkpoint`.
     """
     recipe = load_recipe(run / "recipe.yaml")
-    model = load_model(checkpoint, dtype=dtype or recipe.model.dtype, trust_remote_code=recipe.model.trust_remote_code)
+    model = load_whole(checkpoint, recipe, dtype)
     tokenizer = load_tokenizer(run / "model")
     model.generation_config = GenerationConfig(
         do_sample=True,

@@ -36,6 +36,15 @@ def inference(model: torch.nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def fixed_randomness(seed: int):
+    """torch's generators seeded inside, restored outside: measuring more often must not change the training."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
 def replaced(owner: object, name: str, value: object) -> Iterator[None]:
     """Attribute `name` of `owner` is `value` inside the context."""
     before = getattr(owner, name)

@@ -1,5 +1,6 @@
 """Loading and saving models and tokenizers, whatever they come from: embedded, or what `rl/origin.py` finds."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -67,8 +68,14 @@ def published_tokenizer(
     return tokenizer
 
 
-def make_model(recipe: Recipe, folder: Path) -> None:
-    """Build or fetch the model, give it the control tokens, and save it to `folder`."""
+def make_model(
+    recipe: Recipe, folder: Path, prepare: Callable[[PreTrainedTokenizerBase, PreTrainedModel], object] | None = None
+) -> None:
+    """Build or fetch the model, give it the control tokens, and save it to `folder`.
+
+    Args:
+        prepare: Adds to tokenizer and model what else the run trains.
+    """
     section, origin = recipe.model, recipe_origin(recipe)
     tokenizer, added = make_tokenizer(recipe)
     if origin is None:
@@ -77,6 +84,8 @@ def make_model(recipe: Recipe, folder: Path) -> None:
     else:
         model = load_weights(origin, dtype=section.dtype, trust_remote_code=section.trust_remote_code)
     grow_embeddings(model, tokenizer, added)
+    if prepare is not None:
+        prepare(tokenizer, model)
     # Sampling settings that a model ships (penalties, suppressed tokens) would make rollouts another policy than the
     # one in the loss, and a second end-of-sequence id would end rollouts that count as cut.
     model.generation_config = GenerationConfig(eos_token_id=end_id(tokenizer), pad_token_id=pad_id(tokenizer))

@@ -27,7 +27,8 @@ class Measurement:
         truncated: Share of samples that hit the mode's cap, (I, M).
         unscorable: Rollouts whose verifier failed; they are left out of the means.
         contexts: Number of each item's context, (I,), where items share them; intervals then resample contexts.
-        rows_right: Share of the taught notes' rows that the model's have as well; NaN where it writes none.
+        sleep_right: How right sleep is, in [0, 1]: the share of the taught notes' rows that the model's have as well,
+            or the accuracy of answers from states that are tensors; NaN where nothing sleeps.
         hacks: Mode -> flag of `siesta.rewards.hacking` -> share of the mode's samples that raise it.
     """
 
@@ -43,7 +44,7 @@ class Measurement:
     truncated: np.ndarray
     contexts: np.ndarray | None = None
     unscorable: int = 0
-    rows_right: float = float("nan")
+    sleep_right: float = float("nan")
     hacks: dict[str, dict[str, float]] = field(default_factory=dict)
 
 

@@ -20,7 +20,7 @@ from siesta.data.errors import RecipeError
 from siesta.data.sources import check_level_weights
 from siesta.rl.config import DeGRPOConfig
 from siesta.rl.data_section import DataSection
-from siesta.rl.sleep_section import SleepSection
+from siesta.rl.sleep_section import STATES, SleepSection
 from siesta.rl.teacher_section import TeacherSection
 
 # Fields of the TRL configs that belong to the run as a whole.
@@ -33,7 +33,7 @@ ELSEWHERE = {
     "chat_template_kwargs": "all stages share one template: set model.chat_template",
 }
 
-WRITER = "sleep"  # the key of `warmup.stop` for the share of rows that the writer of notes gets right
+WRITER = "sleep"  # the key of `warmup.stop` for how right sleep is: notes, or answers from a state of tensors
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -304,7 +304,7 @@ def check_modes(file: Path, recipe: Recipe) -> None:
         "warmup.stop": recipe.warmup.stop,
         "teachers": recipe.teachers,
     }
-    written = {WRITER} if recipe.sleep.mechanism == "notes" else set()
+    written = {WRITER} if recipe.sleep.mechanism in ("notes", *STATES) else set()
     for section, keys in named.items():
         known = set(recipe.modes) | (written if section == "warmup.stop" else set())
         for key in keys:

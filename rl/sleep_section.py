@@ -6,10 +6,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Mechanism = Literal["none", "raw", "notes", "latent", "gist", "memory"]
 
+# Mechanisms whose state is tensors that training writes, with a gradient.
+STATES = ("latent", "gist", "memory")
+
 # The settings that only some mechanisms have.
 BELONGS = {
     "sleeps": ("notes",),
     "weight": ("notes",),
+    "price": ("notes",),
     "token": ("notes",),
     "max_tokens": ("notes",),
     "keep_tokens": ("notes",),

@@ -20,6 +20,7 @@ from siesta.rl.config import DeGRPOConfig, SleepConfig
 from siesta.rl.context import Context, main_process
 from siesta.rl.evaluate import print_states, print_table
 from siesta.rl.export import export_checkpoint
+from siesta.rl.generation import fixed_randomness
 from siesta.rl.models import lora_config, make_model, save_model
 from siesta.rl.modes import check_stage_ids
 from siesta.rl.origin import read_origin
@@ -28,6 +29,9 @@ from siesta.rl.precision import default_device, mixed_by_default
 from siesta.rl.quantize import quantization_config
 from siesta.rl.report import write_report
 from siesta.rl.run import write_atomically
+from siesta.rl.sleep.factory import build_consolidator
+from siesta.rl.sleep.state_trainer import StateTrainer
+from siesta.rl.sleep.state_warmup import StateWarmupTrainer, with_contexts
 from siesta.rl.sleep.states import evaluation
 from siesta.rl.sleep.trainer import SleepTrainer
 from siesta.rl.sleep.warmup import writer_rows
@@ -89,7 +93,9 @@ def rl_config(context: Context) -> DeGRPOConfig:
 def model_stage(context: Context) -> None:
     """Build or fetch the model and give it the control tokens."""
     if main_process():
-        make_model(context.recipe, context.path / "model")
+        prepare = partial(build_consolidator, context.recipe.sleep) if context.trains_states else None
+        with fixed_randomness(context.recipe.seed):
+            make_model(context.recipe, context.path / "model", prepare)
         if origin := read_origin(context.path / "model"):
             context.say(f"model: {origin}, in {context.recipe.model.dtype}")
 
@@ -115,11 +121,9 @@ def warmup_stage(context: Context) -> None:
 
 
 def measure_taught(context: Context, model: Any, validation: list[Example]) -> Measurement:
-    """What the warm-up is stopped by: every mode without a state, and the writer of notes if there is one."""
+    """What the warm-up is stopped by: every mode without a state, and how right sleep is if there is one."""
     measured = context.measure(model, validation, samples=1)
-    if not context.writes_notes:
-        return measured
-    return replace(measured, rows_right=float(context.sleep_states(model, validation).rows_right.mean()))
+    return replace(measured, sleep_right=context.sleep_right(model, validation)) if context.sleeps else measured
 
 
 def warmup_config(context: Context) -> SFTConfig:
@@ -151,8 +155,12 @@ def warmup_trainer(context: Context, validation) -> SFTTrainer:
         # Behind the readers' rows: the first batch is checked against their prompts.
         rows = Dataset.from_list(rows.to_list() + writer_rows(context.warmup_examples, context.notes()))
     config = warmup_config(context)
-    trainer = (SortedWarmupTrainer if context.writes_notes else WarmupTrainer)(
-        model=str(context.path / "model"),
+    kind: Any = SortedWarmupTrainer if context.writes_notes else WarmupTrainer
+    if context.trains_states:
+        rows = with_contexts(rows, context.taught_behind[1])
+        kind = partial(StateWarmupTrainer, way=context.way, passes=recipe.sleep.passes)
+    trainer = kind(
+        model=context.trainable(context.path / "model"),
         args=config,
         train_dataset=rows,
         processing_class=context.tokenizer,
@@ -211,7 +219,7 @@ def watch(context: Context, trainer: Trainer, stage: str, columns: dict[str, str
 
 def rl_dataset(context: Context) -> Dataset:
     """Rows of `prompt`, `answer` and `verifier`; for sleep of `context` and `query` as well."""
-    columns = ("answer", "verifier", "context", "query") if context.writes_notes else ("answer", "verifier")
+    columns = ("answer", "verifier", "context", "query") if context.sleeps else ("answer", "verifier")
     return Dataset.from_list(
         [
             {"prompt": messages(example, context.recipe.data.instruction)}
@@ -230,8 +238,10 @@ def rl_stage(context: Context) -> None:
     kind: Any = DeGRPOTrainer
     if context.writes_notes:
         kind = partial(SleepTrainer, sleep=context.notes(context.temperature))
+    elif context.trains_states:
+        kind = partial(StateTrainer, way=context.way, sleep_section=recipe.sleep)
     trainer = kind(
-        model=str(context.start),
+        model=context.trainable(context.start),
         judge=context.judge,
         args=rl_config(context),
         train_dataset=rl_dataset(context),
@@ -268,23 +278,20 @@ def validate(context: Context, trainer: DeGRPOTrainer, examples) -> dict[str, fl
         if main_process():
             measured = context.measure(cast(Any, model), examples, samples=context.recipe.evaluate.every_samples)
             values = validation_numbers(policies.table(measured, resamples=1, seed=0))
-            if context.writes_notes:
-                values |= validate_notes(context, cast(Any, model), examples)
+            if context.sleeps:
+                values |= validate_states(context, cast(Any, model), examples)
     trainer.accelerator.wait_for_everyone()
     return values
 
 
-def validate_notes(context: Context, model: Any, examples: list[Example]) -> dict[str, float]:
-    """The same numbers for readers of the model's own notes, `validation/own/...`, and how the writer does."""
-    states = context.sleep_states(model, examples)
+def validate_states(context: Context, model: Any, examples: list[Example]) -> dict[str, float]:
+    """The same numbers for readers of the contexts' own states, `validation/own/...`, and what those states are."""
+    states = context.slept(model, examples)
     samples = context.recipe.evaluate.every_samples
     measured = context.measure_states(model, states, samples, only=["own"])["own"]
     numbers = validation_numbers(policies.table(measured, resamples=1, seed=0))
     values = {name.replace("validation/", "validation/own/"): value for name, value in numbers.items()}
-    return values | {
-        "validation/rows_right": float(states.rows_right.mean()),
-        "validation/note_tokens": float(states.tokens.mean()),
-    }
+    return values | {f"validation/{name}": float(own.mean()) for name, own in states.numbers.items()}
 
 
 def validation_numbers(result: dict) -> dict[str, float]:
@@ -318,8 +325,8 @@ def evaluate_stage(context: Context) -> None:
     for name, folder in folders.items():
         bootstrap = {"resamples": section.resamples, "seed": section.seed}
         model = context.load(folder)
-        if context.writes_notes:
-            states = context.sleep_states(model, examples)
+        if context.sleeps:
+            states = context.slept(model, examples)
             measured = context.measure_states(model, states, section.samples)
             results[name] = evaluation(measured, states, **bootstrap)
             continue
@@ -335,7 +342,7 @@ def show_evaluation(context: Context) -> None:
     if main_process():
         results = json.loads((context.path / "evaluation.json").read_text())
         last = list(results)[-1]
-        if context.writes_notes:
+        if context.sleeps:
             for name, result in results.items():
                 print_states(result, f"{context.recipe.tracking.run}: {name} RL")
             return

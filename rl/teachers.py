@@ -16,9 +16,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from siesta.data.errors import DataError, ModelError, RecipeError
 from siesta.data.prompts import end_id, messages, prompt_ids
 from siesta.data.schema import Example
-from siesta.rl.context import fixed_randomness
 from siesta.rl.engines import check_vllm
-from siesta.rl.generation import cut_after_eos, inference, left_pad, replaced, sampling_config
+from siesta.rl.generation import cut_after_eos, fixed_randomness, inference, left_pad, replaced, sampling_config
 from siesta.rl.models import load_weights, published_tokenizer
 from siesta.rl.modes import Mode
 from siesta.rl.origin import Origin, find_origin

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from siesta.data.errors import RecipeError, UserError
 from siesta.data.loading import skipped_rows
-from siesta.rl.config import DeGRPOConfig, SleepConfig, check_method
+from siesta.rl.config import DeGRPOConfig, check_method
 from siesta.rl.console import quiet_libraries
 from siesta.rl.context import Context
 from siesta.rl.machine import check_engine, check_machine, memory_estimate
@@ -28,6 +28,7 @@ from siesta.rl.quantize import quantization_config
 from siesta.rl.recipe import Recipe, dump_recipe, load_recipe
 from siesta.rl.run import Run
 from siesta.rl.sleep.context_trainer import check_batch
+from siesta.rl.sleep.state_trainer import check_states
 from siesta.rl.stages import STAGES, GuardStop, rl_config, show_evaluation, warmup_config
 
 
@@ -39,7 +40,7 @@ def preflight(recipe: Recipe, context: Context) -> None:
     """
     config = rl_config(context)
     check_method(config, len(recipe.modes))
-    check_sleep(recipe, config)
+    check_sleep(recipe, context, config)
     check_model(recipe, context)
     for line in skipped_rows(recipe.data):
         context.say(line)
@@ -59,18 +60,29 @@ def preflight(recipe: Recipe, context: Context) -> None:
     context.judge.verifiers  # noqa: B018  builds every verifier that the examples name
 
 
-def check_sleep(recipe: Recipe, config: DeGRPOConfig) -> None:
+def check_sleep(recipe: Recipe, context: Context, config: DeGRPOConfig) -> None:
     """Refuse a sleep that would not be trained or measured as the recipe says.
 
     Raises:
         RecipeError: With the key to change.
     """
-    if recipe.sleep.mechanism not in ("none", "notes"):
-        raise RecipeError(f"sleep.mechanism: {recipe.sleep.mechanism} cannot be trained from a recipe yet; use notes")
-    if isinstance(config, SleepConfig):
-        check_batch(config, recipe.sleep.queries)
-        if recipe.evaluate.engine == "vllm":
-            raise RecipeError("evaluate.engine: vllm: notes are evaluated with the model itself; set engine: generate")
+    mechanism = recipe.sleep.mechanism
+    if mechanism == "none":
+        return
+    if mechanism == "raw":
+        raise RecipeError("sleep.mechanism: raw: there is nothing in it to train, answers are those of none; use none")
+    check_batch(config, recipe.sleep.queries)
+    if recipe.evaluate.engine == "vllm":
+        raise RecipeError(
+            f"evaluate.engine: vllm: with {mechanism} evaluation is by the model itself; set engine: generate"
+        )
+    if context.trains_states:
+        check_states(config, recipe.sleep)
+        if recipe.model.lora is not None:
+            raise RecipeError(f"model.lora: an adapter would not train all that {mechanism} needs; set it to null")
+        if warmup_config(context).gradient_checkpointing and recipe.warmup.enabled:
+            raise RecipeError("warmup.gradient_checkpointing: such blocks leave no state; set it to false")
+        context.way.read([example.context for example in context.train_examples])
 
 
 def check_model(recipe: Recipe, context: Context) -> None:

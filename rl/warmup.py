@@ -150,10 +150,10 @@ def shown_answer(example: Example) -> str:
 
 def accuracy(measured: Measurement, key: str) -> float:
     """Greedy accuracy of `mode` or, for `mode@level`, of that level alone; NaN if no item has the level. Of `sleep` it
-    is the share of rows that the writer of notes gets right.
+    is `Measurement.sleep_right`.
     """
     if key == WRITER:
-        return measured.rows_right
+        return measured.sleep_right
     mode, _, level = key.partition("@")
     scores = measured.greedy_scores[:, measured.modes.index(mode)]
     chosen = scores[measured.levels == int(level)] if level else scores
@@ -168,8 +168,8 @@ def accuracy_by_level(measured: Measurement) -> str:
     for mode in measured.modes:
         by_level = [accuracy(measured, f"{mode}@{level}") for level in levels]
         parts.append(f"{mode} " + " ".join(f"{100 * value:.0f}" for value in by_level))
-    if not np.isnan(measured.rows_right):
-        parts.append(f"{WRITER}, rows right {100 * measured.rows_right:.0f}")
+    if not np.isnan(measured.sleep_right):
+        parts.append(f"{WRITER} {100 * measured.sleep_right:.0f}")
     return " | ".join(parts)
 
 

@@ -84,14 +84,14 @@ def test_a_bfloat16_run_is_bfloat16_from_end_to_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     loaded = []
-    load = context_module.load_model
+    load = context_module.load_whole
 
-    def noting(folder: Path, **kwargs):
-        model = load(folder, **kwargs)
+    def noting(folder: Path, *settings):
+        model = load(folder, *settings)
         loaded.append((folder.name, next(model.parameters()).dtype))
         return model
 
-    monkeypatch.setattr(context_module, "load_model", noting)
+    monkeypatch.setattr(context_module, "load_whole", noting)
     assert train.main(arguments(tmp_path, "model.dtype=bfloat16", "rl.learning_rate=1e-6")) == 0
     run = tmp_path / "smoke"
     assert {stage: dtypes(run / stage) for stage in ("model", "warmup", "rl", "export")} == {

@@ -87,11 +87,7 @@ def test_what_a_recipe_cannot_ask_for(overrides: list[str], message: str) -> Non
     [
         (["rl.num_generations=1"], "rl.num_generations: 1 rollouts cannot hold 2 modes; use at least 2"),
         (["rl.per_device_train_batch_size=24", "sleep.sleeps=3"], "24 rollouts of a device are no whole number"),
-        (["evaluate.engine=vllm"], "evaluate.engine: vllm: notes are evaluated with the model itself"),
-        (
-            ["sleep={mechanism: gist, slots: 4}", "warmup.stop={}"],
-            "sleep.mechanism: gist cannot be trained from a recipe yet; use notes",
-        ),
+        (["evaluate.engine=vllm"], "evaluate.engine: vllm: with notes evaluation is by the model itself"),
     ],
 )
 def test_what_the_start_refuses(overrides: list[str], message: str, tmp_path: Path, capsys) -> None:

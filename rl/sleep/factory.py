@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from siesta.data.errors import ModelError, RecipeError
-from siesta.rl.context import fixed_randomness
-from siesta.rl.models import build_modes, load_weights, make_tokenizer
+from siesta.rl.generation import fixed_randomness
+from siesta.rl.models import build_modes, load_model, load_weights, make_tokenizer
 from siesta.rl.modes import Modes, grow_embeddings
 from siesta.rl.origin import recipe_origin
 from siesta.rl.precision import default_device
@@ -25,7 +25,24 @@ from siesta.rl.sleep.tensors import TensorSleep
 from siesta.rl.sleep_section import SleepSection
 
 Way = Consolidator[Any]
-Builder = Callable[[SleepSection, PreTrainedTokenizerBase, PreTrainedModel, dict[str, Any]], TensorSleep]
+Builder = Callable[[SleepSection, PreTrainedTokenizerBase, PreTrainedConfig, dict[str, Any]], TensorSleep]
+
+
+def build_way(
+    section: SleepSection, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, **settings: Any
+) -> TensorSleep:
+    """The way to sleep that a section names, for a model of `config` that has what it takes.
+
+    Args:
+        settings: Of `TensorSleep`: `instruction`, `batch_size`.
+
+    Raises:
+        RecipeError: The mechanism cannot be had, or not with this model.
+    """
+    try:
+        return BUILDERS[section.mechanism](section, tokenizer, config, settings)
+    except ModelError as error:
+        raise RecipeError(f"sleep.mechanism: {section.mechanism}: {error}") from error
 
 
 def build_consolidator(
@@ -36,54 +53,69 @@ def build_consolidator(
     reserved: Sequence[int] = (),
     **settings: Any,
 ) -> Way:
-    """The way to sleep that a section names. Slots that are missing are added to model and tokenizer, a memory that is
-    missing to the model; both are new weights, so this comes before an optimizer is made or weights are loaded.
+    """Notes, or `build_way` with what the model lacks for it: slots are added to model and tokenizer, a memory to the
+    model. Both are new weights, so this comes before an optimizer is made or weights are loaded.
 
     Args:
         reserved: Ids of the control tokens, which notes must not hold.
-        settings: Of `TensorSleep`: `instruction`, `batch_size`.
 
     Raises:
-        RecipeError: The mechanism cannot be had, or not with this model.
+        RecipeError: See `build_way`.
     """
     if section.mechanism == "notes":
         return NotesSleep(tokenizer, section, reserved, **settings)
-    try:
-        return BUILDERS[section.mechanism](section, tokenizer, model, settings)
-    except ModelError as error:
-        raise RecipeError(f"sleep.mechanism: {section.mechanism}: {error}") from error
-
-
-def _none(section, tokenizer, model, settings) -> TensorSleep:
-    return NoSleep(tokenizer, model.config, **settings)
-
-
-def _raw(section, tokenizer, model, settings) -> TensorSleep:
-    return RawSleep(tokenizer, model.config, **settings)
-
-
-def _latent(section, tokenizer, model, settings) -> TensorSleep:
-    options = {"truncate": section.truncate, "window": section.window}
-    return LatentSleep(tokenizer, model.config, section.form, **options, **settings)
-
-
-def _gist(section, tokenizer, model, settings) -> TensorSleep:
-    add_slots(model, tokenizer, section.slots)
-    return GistSleep(tokenizer, model.config, section.slots, **settings)
-
-
-def _memory(section, tokenizer, model, settings) -> TensorSleep:
-    way = MemorySleep(tokenizer, model.config, section.layer, **settings)
-    layers = len(cast(Any, model.get_decoder()).layers)
-    if section.layer >= layers:
-        raise RecipeError(f"sleep.layer: {section.layer}: the model has the layers 0 to {layers - 1}")
-    if BRANCH not in dict(model.named_children()):
-        add_memory(model, section.layer, segment=section.segment)
+    if section.mechanism == "gist":
+        add_slots(model, tokenizer, section.slots)
+    way = build_way(section, tokenizer, model.config, **settings)
+    if section.mechanism == "memory":
+        try:
+            give_memory(model, section)
+        except ModelError as error:
+            raise RecipeError(f"sleep.mechanism: memory: {error}") from error
     return way
 
 
-# `notes` joins these with its builder. Beyond the protocol, the commands ask of a way to sleep for `check`, `prompts`
-# and `batch_size`, as in `TensorSleep`.
+def give_memory(model: PreTrainedModel, section: SleepSection) -> None:
+    """Add the section's memory to a model without one."""
+    if BRANCH not in dict(model.named_children()):
+        add_memory(model, section.layer, segment=section.segment)
+
+
+def load_whole(folder: Path, recipe: Recipe, dtype: str | None = None) -> PreTrainedModel:
+    """`load_model` with the memory that the run trains, if it does: transformers does not know of it."""
+    section = recipe.model
+    model = load_model(folder, dtype=dtype or section.dtype, trust_remote_code=section.trust_remote_code)
+    if recipe.sleep.mechanism == "memory":
+        give_memory(model, recipe.sleep)
+        load_memory(model, folder)
+    return model
+
+
+def _none(section, tokenizer, config, settings) -> TensorSleep:
+    return NoSleep(tokenizer, config, **settings)
+
+
+def _raw(section, tokenizer, config, settings) -> TensorSleep:
+    return RawSleep(tokenizer, config, **settings)
+
+
+def _latent(section, tokenizer, config, settings) -> TensorSleep:
+    options = {"truncate": section.truncate, "window": section.window}
+    return LatentSleep(tokenizer, config, section.form, **options, **settings)
+
+
+def _gist(section, tokenizer, config, settings) -> TensorSleep:
+    return GistSleep(tokenizer, config, section.slots, **settings)
+
+
+def _memory(section, tokenizer, config, settings) -> TensorSleep:
+    way = MemorySleep(tokenizer, config, section.layer, **settings)
+    layers = config.get_text_config().num_hidden_layers
+    if section.layer >= layers:
+        raise RecipeError(f"sleep.layer: {section.layer}: the model has the layers 0 to {layers - 1}")
+    return way
+
+
 BUILDERS: dict[str, Builder] = {"none": _none, "raw": _raw, "latent": _latent, "gist": _gist, "memory": _memory}
 
 

@@ -31,15 +31,21 @@ def slot_tokens(k: int) -> list[str]:
     return [f"<gist_{i}>" for i in range(k)]
 
 
+def add_slot_tokens(tokenizer: PreTrainedTokenizerBase, k: int) -> list[str]:
+    """Add the slots a tokenizer lacks; return those."""
+    vocabulary = tokenizer.get_vocab()
+    added = [token for token in slot_tokens(k) if token not in vocabulary]
+    tokenizer.add_tokens(added, special_tokens=True)
+    return added
+
+
 def add_slots(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, k: int) -> None:
     """Add the slots a tokenizer lacks, with embedding rows around the mean row, as far from it as rows are, so that no
     two slots begin alike.
     """
-    vocabulary = tokenizer.get_vocab()
-    added = [token for token in slot_tokens(k) if token not in vocabulary]
+    added = add_slot_tokens(tokenizer, k)
     if not added:
         return
-    tokenizer.add_tokens(added, special_tokens=True)
     grow_embeddings(model, tokenizer, added)
     ids = [tokenizer.get_vocab()[token] for token in added]
     weight = cast(torch.Tensor, model.get_input_embeddings().weight)

@@ -79,5 +79,5 @@ def prefill(
     model: PreTrainedModel, way: Consolidator[Any], state: State, queries: Sequence[Example], batch: Sequence[int]
 ) -> tuple[Any, torch.Tensor]:
     """The model's output at the last prompt token of some queries, and the mask of what the cache in it holds."""
-    kwargs = way.attach(state.select(batch), [queries[i] for i in batch])
+    kwargs = way.attach(state.select(batch).to(model.device), [queries[i] for i in batch])
     return cast(Any, model)(**kwargs, use_cache=True, logits_to_keep=1), kwargs["attention_mask"]

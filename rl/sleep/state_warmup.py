@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from datasets import Dataset
+from transformers import PreTrainedModel
 
 from siesta.data.schema import Example
 from siesta.rl.sleep.scoring import behind, fanned_out
@@ -73,6 +74,10 @@ class StateWarmupTrainer(WarmupTrainer):
         self.way, self.passes = way, passes
         self.data_collator = ContextCollator(self.data_collator)
 
+    def pack_if_possible(self, attention: str, *, compiled: bool) -> str | None:
+        """See `WarmupTrainer.pack_if_possible`: never."""
+        return "rows behind states stay padded"
+
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         if "context" not in self._signature_columns:
@@ -95,7 +100,8 @@ class StateWarmupTrainer(WarmupTrainer):
     def _behind(self, model: Any, contexts: Sequence[str], mask: torch.Tensor) -> dict[str, Any]:
         """States in front of rows, and the mask of both, (R, K + L)."""
         with self.accelerator.autocast():
-            state = fanned_out(self.way, cast(Any, self.accelerator.unwrap_model(model)), contexts, self.passes)
+            whole = cast(PreTrainedModel, self.accelerator.unwrap_model(model))
+            state = fanned_out(self.way, whole, contexts, self.passes)
         arguments = behind(self.way, state, torch.arange(mask.shape[1], device=mask.device).expand_as(mask))
         held = mask.new_ones(len(mask), arguments["past_key_values"].get_seq_length())
         return arguments | {"attention_mask": torch.cat([held, mask], dim=1)}

@@ -6,6 +6,7 @@ A state that helps because it is there, and not for what it says, would help as 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -18,6 +19,23 @@ from siesta.rl.sleep.warmup import distinct
 STATES = ("none", "own", "shuffled", "zeroed")
 QUERIES = (1, 2, 4, 8)  # of one context, that share the cost of its sleep
 PRICES = (0.1, 1.0)  # of a sleep token, in wake tokens
+
+
+class Slept(Protocol):
+    """What sleep on the contexts of I examples came to, whatever the states are.
+
+    `contexts` is the number of each example's context, `tokens` what was computed or written in its sleep, and
+    `numbers` what the table says of the states, (I,) each.
+    """
+
+    @property
+    def contexts(self) -> np.ndarray: ...
+
+    @property
+    def tokens(self) -> np.ndarray: ...
+
+    @property
+    def numbers(self) -> dict[str, np.ndarray]: ...
 
 
 @dataclass(frozen=True)
@@ -37,6 +55,11 @@ class States:
     tokens: np.ndarray
     kept: np.ndarray
     rows_right: np.ndarray
+
+    @property
+    def numbers(self) -> dict[str, np.ndarray]:
+        """What the table says of the states, (I,) each."""
+        return {"rows_right": self.rows_right, "note_tokens": self.tokens, "kept_tokens": self.kept}
 
 
 def states_of(sleep: NotesSleep, model: PreTrainedModel, examples: Sequence[Example]) -> States:
@@ -69,7 +92,7 @@ def states_of(sleep: NotesSleep, model: PreTrainedModel, examples: Sequence[Exam
     )
 
 
-def by_context(measured: Measurement, states: States) -> Measurement:
+def by_context(measured: Measurement, states: Slept) -> Measurement:
     """The same, to be resampled by context: the queries of one depend on each other."""
     return replace(measured, contexts=states.contexts)
 
@@ -86,7 +109,7 @@ def estimate(values: np.ndarray, contexts: np.ndarray, *, resamples: int, seed: 
     return [float(np.nanmean(values)), *interval(values, resamples=resamples, seed=seed, clusters=contexts)]
 
 
-def against_none(measured: dict[str, Measurement], states: States, **bootstrap: int) -> dict[str, dict]:
+def against_none(measured: dict[str, Measurement], states: Slept, **bootstrap: int) -> dict[str, dict]:
     """For each state: accuracy, tokens and share of the last mode less those without a state, item by item; mean and
     95 % interval each.
     """
@@ -133,15 +156,16 @@ def break_even(price: float, spent: np.ndarray, saved: np.ndarray) -> np.ndarray
         return np.where(saved > 0, price * np.asarray(spent) / np.where(saved > 0, saved, 1.0), np.inf)
 
 
-def evaluation(measured: dict[str, Measurement], states: States, **bootstrap: int) -> dict:
+def evaluation(measured: dict[str, Measurement], states: Slept, **bootstrap: int) -> dict:
     """The table of policies without a state; in `states` those of the other states, in `sleep` what sleep is worth."""
     tables = {state: table(own, **bootstrap) for state, own in measured.items()}
     result = tables.pop("none")
     tokens = {state: free_choice(own)["tokens"] for state, own in measured.items()}
-    numbers = {"rows_right": states.rows_right, "note_tokens": states.tokens, "kept_tokens": states.kept}
     result["states"] = tables
+    own = {name: values.astype(float) for name, values in states.numbers.items()}
+    numbers = {name: estimate(values, states.contexts, **bootstrap) for name, values in own.items()}
     result["sleep"] = {
-        **{name: estimate(values.astype(float), states.contexts, **bootstrap) for name, values in numbers.items()},
+        **numbers,
         "contexts": len(set(states.contexts.tolist())),
         "against_none": against_none(measured, states, **bootstrap),
         "without": estimate(tokens["none"], states.contexts, **bootstrap),
