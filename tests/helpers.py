@@ -48,10 +48,10 @@ def tell_apart(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> No
     whatever comes before it.
     """
     ids = [tokenizer.get_vocab()[section.token] for section in SECTIONS.values()]
-    weight = cast(torch.nn.Module, model.get_output_embeddings()).weight
+    weight = cast(torch.Tensor, cast(torch.nn.Module, model.get_output_embeddings()).weight)
     with torch.no_grad():
         noise = torch.randn((len(ids), weight.shape[1]), generator=torch.Generator().manual_seed(0))
-        weight[ids] += 0.1 * noise.to(weight)  # pyright: ignore[reportIndexIssue]
+        weight[ids] += 0.1 * noise.to(weight)
 
 
 def save_tiny_model(folder: Path, seed: int = 0) -> Path:

@@ -91,7 +91,7 @@ def test_every_mode_is_taught_in_every_state() -> None:
     judge = build_judge(tokenizer, modes, {"exact"}, price_per_token=0.0, verifier_timeout=5.0)
     asked, contexts = state_examples(list(TaskSource("hop", "train", 400)), seed=0)
     rows = with_contexts(warmup_rows(asked, judge, pairing="cross", shares=None, instruction="", seed=0), contexts)
-    shown = [(next(x for x in row["labels"] if x != IGNORED), row["context"] != "") for row in rows]
+    shown = [(next(x for x in row["labels"] if x != IGNORED), row["context"] != "") for row in rows.to_list()]
     counts = Counter(shown)
     assert len(counts) == 4
     assert 70 < min(counts.values()) <= max(counts.values()) < 130
