@@ -1,9 +1,10 @@
 """A tiny two-mode setting that tests share: embedded tokenizer and model, modes, judge, a few examples."""
 
 from pathlib import Path
+from typing import cast
 
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from siesta.data.schema import Example
 from siesta.data.sources import TaskSource
@@ -40,6 +41,17 @@ def tiny_model(seed: int = 0, hidden_size: int = 16) -> LlamaForCausalLM:
     model = embedded.build_model(tokenizer, seed=seed, layers=2, hidden_size=hidden_size, heads=2, init=0.2)
     grow_embeddings(model, tokenizer, added)
     return model
+
+
+def tell_apart(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the control tokens rows of their own; new ones stand at the mean, where every mode is as likely as another,
+    whatever comes before it.
+    """
+    ids = [tokenizer.get_vocab()[section.token] for section in SECTIONS.values()]
+    weight = cast(torch.Tensor, cast(torch.nn.Module, model.get_output_embeddings()).weight)
+    with torch.no_grad():
+        noise = torch.randn((len(ids), weight.shape[1]), generator=torch.Generator().manual_seed(0))
+        weight[ids] += 0.1 * noise.to(weight)
 
 
 def save_tiny_model(folder: Path, seed: int = 0) -> Path:

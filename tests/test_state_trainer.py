@@ -22,7 +22,7 @@ from siesta.rl.sleep.latent import LatentSleep
 from siesta.rl.sleep.state_trainer import StateTrainer
 from siesta.rl.sleep_section import SleepSection
 from siesta.rl.spread import Batch, select
-from tests.helpers import SECTIONS, parameters
+from tests.helpers import SECTIONS, parameters, tell_apart
 from tests.hybrids import hybrid
 from tests.test_sleep_trainer import gradient, rows
 
@@ -49,6 +49,7 @@ def build(folder: Path, mechanism: str = "gist", sleep: dict | None = None, **se
     else:
         model = embedded.build_model(embedded.build_tokenizer(), seed=0, layers=2, hidden_size=16, heads=2, init=0.2)
     grow_embeddings(model, tokenizer, added)
+    tell_apart(model, tokenizer)
     if mechanism == "gist":
         add_slots(model, tokenizer, 2)
         way: Any = GistSleep(tokenizer, model.config, 2)
@@ -145,11 +146,17 @@ def test_who_reads_what(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mechanism", ["gist", "latent"])
 def test_rollouts_are_written_by_the_policy_in_the_loss(tmp_path: Path, mechanism: str) -> None:
     """The plan's mode policy is that of the training pass; near zero temperature its likeliest tokens are written."""
-    trainer = build(tmp_path, mechanism, {"stateless": 0.5}, temperature=0.01)
+    trainer = build(tmp_path / "warm", mechanism, {"stateless": 0.5})
     batch = rollout_batch(trainer)
     with torch.no_grad():
         scores = trainer.passes.scores(policy(trainer), batch)
-    torch.testing.assert_close(scores.mode_logps.exp(), trainer._plan.mode_probs, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(scores.mode_logps.exp(), trainer._plan.mode_probs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(scores.log_mass.exp(), trainer._plan.mass, rtol=1e-4, atol=1e-5)
+    assert trainer._plan.mode_probs[:, 0].unique().numel() >= 4, "contexts and queries decide"
+    trainer = build(tmp_path / "cold", mechanism, {"stateless": 0.5}, temperature=0.01)
+    batch = rollout_batch(trainer)
+    with torch.no_grad():
+        scores = trainer.passes.scores(policy(trainer), batch)
     torch.testing.assert_close(scores.per_token_logps[:, 1:].mean(), torch.tensor(0.0), rtol=0, atol=0.1)
 
 

@@ -1,5 +1,6 @@
 """The warm-up with states: who is asked how, and a loss that is that of unrolled rows and trains the sleep."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,20 @@ def test_who_is_asked_how() -> None:
             assert shown.meta["responses"] == example.meta["responses_with_notes"]
         else:
             assert shown == example
+
+
+def test_every_mode_is_taught_in_every_state() -> None:
+    """Each row draws its mode and its state; drawn from the same numbers, one would tell the other."""
+    tokenizer = embedded.build_tokenizer()
+    prepare_tokenizer(tokenizer, TOKENS)
+    modes = build_modes(SECTIONS, tokenizer)
+    judge = build_judge(tokenizer, modes, {"exact"}, price_per_token=0.0, verifier_timeout=5.0)
+    asked, contexts = state_examples(list(TaskSource("hop", "train", 400)), seed=0)
+    rows = with_contexts(warmup_rows(asked, judge, pairing="cross", shares=None, instruction="", seed=0), contexts)
+    shown = [(next(x for x in row["labels"] if x != IGNORED), row["context"] != "") for row in rows.to_list()]
+    counts = Counter(shown)
+    assert len(counts) == 4
+    assert 70 < min(counts.values()) <= max(counts.values()) < 130
 
 
 @pytest.mark.parametrize("mechanism", ["gist", "latent"])

@@ -24,7 +24,8 @@ def state_examples(examples: Sequence[Example], *, seed: int) -> tuple[list[Exam
 
     Behind a state the responses are those that fit one, `meta["responses_with_notes"]`, where the example has them.
     """
-    rng = Random(seed)
+    # Not the numbers that `warmup_rows` draws modes from: each state would have a mode of its own.
+    rng = Random(f"states {seed}")
     asked, contexts = [], []
     for example in examples:
         slept = example.context != "" and rng.random() < 0.5
