@@ -138,19 +138,27 @@ def respond(
     ).past_key_values
     rows = torch.tensor([unique[tuple(prompt)] for prompt in prompts], device=ids.device)
     cache.reorder_cache(rows)
-    return decode(model, cache, mask[rows], mode, config, eos_ids)
+    return decode(model, cache, mask[rows], mode, config, eos_ids, seen=ids[rows])
 
 
 def decode(
-    model: Any, cache: Any, mask: torch.Tensor, mode: Mode, config: GenerationConfig, eos_ids: Sequence[int]
+    model: Any,
+    cache: Any,
+    mask: torch.Tensor,
+    mode: Mode,
+    config: GenerationConfig,
+    eos_ids: Sequence[int],
+    *,
+    seen: torch.Tensor | None = None,
 ) -> list[list[int]]:
     """Responses of rows whose prompts are in the cache, opened by the control token of `mode`.
 
     Args:
         cache: Is written to.
         mask: Of what the cache holds, (B, L).
+        seen: The ids that it holds, (B, L), for logits processors; None where a state has none.
     """
-    ids, mask = append(mask, mask.new_full((len(mask), 1), mode.token_id))
+    ids, mask = append(seen, mask.new_full((len(mask), 1), mode.token_id), mask)
     responses: list[list[int]] = [[] for _ in range(len(mask))]
     going, left = list(range(len(mask))), mode.max_tokens
     while going and left > 0:
@@ -163,7 +171,7 @@ def decode(
             generation_config=config,
             synced_gpus=False,
         )
-        written = output.sequences[:, 1:]
+        written = output.sequences[:, ids.shape[1] :]
         for i, row in zip(going, written.tolist(), strict=True):
             responses[i] += cut_after_eos(row, eos_ids)
         kept = [place for place, i in enumerate(going) if responses[i][-1] not in eos_ids]
@@ -171,13 +179,14 @@ def decode(
         if going and left > 0:
             keep = torch.tensor(kept, device=ids.device)
             cache.reorder_cache(keep)
-            ids, mask = append(mask[keep], written[keep])
+            ids, mask = append(None if seen is None else ids[keep], written[keep], mask[keep])
     return responses
 
 
-def append(mask: torch.Tensor, more: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The last of `more` real tokens, which alone is not in the cache, and the mask with all of them behind it."""
-    return more[:, -1:], torch.cat([mask, mask.new_ones(more.shape)], dim=1)
+def append(seen: torch.Tensor | None, more: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and mask with real tokens behind every row; of ids that are unknown the last, which is not in the cache."""
+    ids = more[:, -1:] if seen is None else torch.cat([seen, more], dim=1)
+    return ids, torch.cat([mask, mask.new_ones(more.shape)], dim=1)
 
 
 def mode_policy(
