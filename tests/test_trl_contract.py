@@ -13,7 +13,7 @@ from trl.trainer.grpo_trainer import shuffle_sequence_dict, split_tensor_dict
 from trl.trainer.utils import RepeatSampler
 
 from siesta.rl.config import REFUSED
-from siesta.rl.sleep.trainer import SleepTrainer
+from siesta.rl.sleep.context_trainer import ContextTrainer
 from siesta.rl.trainer import DeGRPOTrainer
 
 SEAMS = {
@@ -41,8 +41,8 @@ def test_overridden_methods_keep_their_parameters(seam):
 
 def test_sleep_overrides_the_order_of_rows():
     parameters = list(inspect.signature(GRPOTrainer._get_train_sampler).parameters)[1:]
-    assert parameters == ["dataset"], "SleepTrainer._get_train_sampler overrides a method whose parameters changed"
-    assert "_get_train_sampler" in vars(SleepTrainer)
+    assert parameters == ["dataset"], "ContextTrainer._get_train_sampler overrides a method whose parameters changed"
+    assert "_get_train_sampler" in vars(ContextTrainer)
     order = list(RepeatSampler(cast(Any, range(5)), mini_repeat_count=1, batch_size=2, repeat_count=2, seed=0))
     for start in range(0, len(order), 4):
         assert order[start : start + 2] == order[start + 2 : start + 4], "a batch is repeated as a whole"
