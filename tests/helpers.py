@@ -81,3 +81,20 @@ def batch_of(rows: Rows, pad_id: int = 0, *, left: int = 0, right: int = 0) -> t
         real = slice(before - len(prompt), before + len(completion))
         ids[i, real], mask[i, real] = torch.tensor(prompt + completion), 1
     return ids, mask, length
+
+
+def one_step(folder: Path) -> dict:
+    """Settings of a trainer that takes one step on the CPU and leaves nothing behind but its numbers."""
+    return {
+        "output_dir": str(folder / "out"),
+        "max_steps": 1,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "bf16": False,
+        "use_cpu": True,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }

@@ -23,7 +23,7 @@ from siesta.rl.sleep.notes import NotesSleep, note_tokens
 from siesta.rl.sleep.trainer import SleepTrainer
 from siesta.rl.sleep_section import SleepSection
 from siesta.rl.spread import Batch, select
-from tests.helpers import SECTIONS, parameters
+from tests.helpers import SECTIONS, one_step, parameters
 
 TOKENS = [section.token for section in SECTIONS.values()]
 QUERIES, SLEEPS, GROUP = 2, 2, 2
@@ -67,21 +67,10 @@ def build(folder: Path, data: Dataset | None = None, sleep: dict | None = None, 
     judge.tokenizer.save_pretrained(folder / "model")
     options = {"mechanism": "notes", "queries": QUERIES, "sleeps": SLEEPS, "max_tokens": 12} | (sleep or {})
     section = SleepSection.model_validate(options)
-    fields = {
-        "output_dir": str(folder / "out"),
+    fields = one_step(folder) | {
         "per_device_train_batch_size": 2 * BLOCK,
         "num_generations": SLEEPS * GROUP,
         "sleeps": SLEEPS,
-        "max_steps": 1,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "bf16": False,
-        "use_cpu": True,
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
     }
     args = SleepConfig(**(fields | settings))
     return SleepTrainer(

@@ -22,7 +22,7 @@ from siesta.rl.sleep.latent import LatentSleep
 from siesta.rl.sleep.state_trainer import StateTrainer
 from siesta.rl.sleep_section import SleepSection
 from siesta.rl.spread import Batch, select
-from tests.helpers import SECTIONS, parameters, tell_apart
+from tests.helpers import SECTIONS, one_step, parameters, tell_apart
 from tests.hybrids import hybrid
 from tests.test_sleep_trainer import gradient, rows
 
@@ -62,20 +62,9 @@ def build(folder: Path, mechanism: str = "gist", sleep: dict | None = None, **se
     )
     calls = iter(range(10**6))
     judge.verifiers["exact"] = lambda solution, answer: float(next(calls) % 7 in (0, 3, 4, 6))
-    fields = {
-        "output_dir": str(folder / "out"),
+    fields = one_step(folder) | {
         "per_device_train_batch_size": 2 * BLOCK,
         "num_generations": GROUP,
-        "max_steps": 1,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "bf16": False,
-        "use_cpu": True,
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
     }
     section = SleepSection.model_validate({"mechanism": mechanism, "queries": QUERIES, "passes": 2} | (sleep or {}))
     return StateTrainer(

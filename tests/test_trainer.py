@@ -23,7 +23,7 @@ from siesta.rl.scoring import Scorer
 from siesta.rl.spread import Batch, select, sequence_lengths
 from siesta.rl.trainer import DeGRPOTrainer
 from tests.given import GivenRollouts
-from tests.helpers import PACKED_SDPA, calc_examples, parameters, save_tiny_model, tiny_judge
+from tests.helpers import PACKED_SDPA, calc_examples, one_step, parameters, save_tiny_model, tiny_judge
 
 METHODS = {
     "target": {},
@@ -65,20 +65,9 @@ def build(
     folder: Path, judge: Judge | None = None, kind: type[DeGRPOTrainer] = DeGRPOTrainer, **settings
 ) -> DeGRPOTrainer:
     """A trainer on a tiny model; 8 rollouts a step unless `settings` say otherwise."""
-    fields = {
-        "output_dir": str(folder / "out"),
+    fields = one_step(folder) | {
         "per_device_train_batch_size": 8,
         "num_generations": 4,
-        "max_steps": 1,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "bf16": False,
-        "use_cpu": True,
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
     }
     args = DeGRPOConfig(**(fields | settings))
     model = str(save_tiny_model(folder / "model"))
