@@ -1,7 +1,7 @@
 """A tiny two-mode setting that tests share: embedded tokenizer and model, modes, judge, a few examples."""
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -83,7 +83,7 @@ def batch_of(rows: Rows, pad_id: int = 0, *, left: int = 0, right: int = 0) -> t
     return ids, mask, length
 
 
-def one_step(folder: Path) -> dict:
+def one_step(folder: Path) -> dict[str, Any]:
     """Settings of a trainer that takes one step on the CPU and leaves nothing behind but its numbers."""
     return {
         "output_dir": str(folder / "out"),

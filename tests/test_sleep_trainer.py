@@ -67,7 +67,7 @@ def build(folder: Path, data: Dataset | None = None, sleep: dict | None = None, 
     judge.tokenizer.save_pretrained(folder / "model")
     options = {"mechanism": "notes", "queries": QUERIES, "sleeps": SLEEPS, "max_tokens": 12} | (sleep or {})
     section = SleepSection.model_validate(options)
-    fields = one_step(folder) | {
+    fields: dict[str, Any] = one_step(folder) | {
         "per_device_train_batch_size": 2 * BLOCK,
         "num_generations": SLEEPS * GROUP,
         "sleeps": SLEEPS,

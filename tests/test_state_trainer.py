@@ -62,7 +62,7 @@ def build(folder: Path, mechanism: str = "gist", sleep: dict | None = None, **se
     )
     calls = iter(range(10**6))
     judge.verifiers["exact"] = lambda solution, answer: float(next(calls) % 7 in (0, 3, 4, 6))
-    fields = one_step(folder) | {
+    fields: dict[str, Any] = one_step(folder) | {
         "per_device_train_batch_size": 2 * BLOCK,
         "num_generations": GROUP,
     }

@@ -4,7 +4,7 @@ import gc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -65,7 +65,7 @@ def build(
     folder: Path, judge: Judge | None = None, kind: type[DeGRPOTrainer] = DeGRPOTrainer, **settings
 ) -> DeGRPOTrainer:
     """A trainer on a tiny model; 8 rollouts a step unless `settings` say otherwise."""
-    fields = one_step(folder) | {
+    fields: dict[str, Any] = one_step(folder) | {
         "per_device_train_batch_size": 8,
         "num_generations": 4,
     }
