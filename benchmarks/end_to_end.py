@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks import shapes
-from benchmarks.timing import environment, write_json
+from benchmarks.timing import environment, measure, write_json
 from siesta.rl.config import DeGRPOConfig
 from siesta.rl.engines import caps_per_mode
 from siesta.rl.judge import Judge, build_judge
@@ -208,8 +207,12 @@ def clock(trainer: GRPOTrainer) -> list[float]:
     return times
 
 
-def plain_vllm(trainer: Any, options: argparse.Namespace) -> dict[str, float]:
-    """B3: the same rollouts by vLLM alone and through our trainer, tokens per second, five repeats each."""
+def plain_vllm(trainer: Any, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """B3: the same rollouts by vLLM alone and through our trainer, mode plan included, with an empty prefix cache.
+
+    Returns:
+        Of `alone` and `ours`: seconds of ten repeats after a warm-up, and the mean number of tokens written.
+    """
     from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 
     engine = trainer.vllm_generation.llm
@@ -223,27 +226,19 @@ def plain_vllm(trainer: Any, options: argparse.Namespace) -> dict[str, float]:
     ]
 
     def alone() -> int:
+        engine.reset_prefix_cache()
         outputs = engine.generate(requests, sampling_params=params, use_tqdm=False)
         return sum(len(output.outputs[0].token_ids) for output in outputs)
 
     def ours() -> int:
+        engine.reset_prefix_cache()
         trainer._examples = [{"answer": "", "verifier": "exact"}] * len(ids)
-        trainer.vllm_generation.llm.reset_prefix_cache()
         return sum(len(row) - 1 for row in trainer._generate_single_turn(ids, None, {}, 8)[0])
 
-    return {name: rate(run, engine) for name, run in (("alone", alone), ("ours", ours))}
-
-
-def rate(run: Callable[[], int], engine: Any) -> float:
-    """Median tokens per second of five runs after a warm-up, with an empty prefix cache."""
-    rates = []
-    for repeat in range(6):
-        engine.reset_prefix_cache()
-        start = time.perf_counter()
-        tokens = run()
-        if repeat:
-            rates.append(tokens / (time.perf_counter() - start))
-    return statistics.median(rates)
+    written: dict[str, list[int]] = {"alone": [], "ours": []}
+    runs = {"alone": lambda: written["alone"].append(alone()), "ours": lambda: written["ours"].append(ours())}
+    found = measure(runs, warmups=1, repeats=10, device="cuda")
+    return {name: row | {"tokens": statistics.mean(written[name])} for name, row in found.items()}
 
 
 def main() -> None:

@@ -73,13 +73,17 @@ def measured(arm: str, shape: str, rows: int, length: int, dtype: torch.dtype, *
 
 
 def longest(arm: str, shape: str, dtype: torch.dtype, start: int, rounds: int) -> int:
-    """Tokens of the longest single rollout whose step fits, to a sixteenth; doubling, then halving the interval."""
+    """Tokens of the longest single rollout whose step fits without checkpointing: doubling, then halving the interval.
+
+    Args:
+        rounds: The result is exact to the last power of two that fits, over 2 ** rounds.
+    """
     fits, fails = 0, start
-    while measured(arm, shape, 1, fails, dtype, gradient_checkpointing=True) is not None:
+    while measured(arm, shape, 1, fails, dtype) is not None:
         fits, fails = fails, 2 * fails
     for _ in range(rounds):
         middle = (fits + fails) // 2
-        if measured(arm, shape, 1, middle, dtype, gradient_checkpointing=True) is None:
+        if measured(arm, shape, 1, middle, dtype) is None:
             fails = middle
         else:
             fits = middle
@@ -110,18 +114,24 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--longest", action="store_true", help="also search the longest rollout that fits")
-    parser.add_argument("--start", type=int, default=65_536, help="length where that search begins")
+    parser.add_argument("--start", type=int, default=16_384, help="length where that search begins")
     parser.add_argument("--out", type=Path, default=None, help="JSON file")
     options = parser.parse_args()
     result: dict = {"settings": vars(options), "environment": environment("cuda"), "peaks": [], "longest": []}
     for shape in options.shapes:
         result["peaks"] += equal_content(shape, options.length, options.rows)
+        save(result, options.out)
         if options.longest:
-            fits = {arm: longest(arm, shape, torch.float32, options.start, 4) for arm in ("stock", "siesta")}
+            fits = {arm: longest(arm, shape, torch.float32, options.start, 3) for arm in ("stock", "siesta")}
             result["longest"].append({"shape": shape} | fits)
             print(result["longest"][-1], flush=True)
-        if options.out:
-            write_json(options.out, result)
+            save(result, options.out)
+
+
+def save(result: dict, out: Path | None) -> None:
+    """Keep what there is: the next search takes minutes."""
+    if out:
+        write_json(out, result)
 
 
 if __name__ == "__main__":

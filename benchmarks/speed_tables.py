@@ -113,7 +113,7 @@ def end_to_end(content: dict) -> str:
         gap = max(row.get("sampling/sampling_logp_difference/mean", 0.0) for row in arm["steps"])
         rows.append([name, f"{middle:.2f}", f"{rewards[0]:.4f}", f"{rewards[-1]:.4f}", f"{gap:.4f}"])
         if plain := arm.get("plain_vllm"):
-            more.append(f"B3: vLLM alone {plain['alone']:,.0f} tokens/s, through our trainer {plain['ours']:,.0f}.")
+            more.append(plain_vllm(plain))
     curves = [[row["reward"] for row in arm["steps"]] for arm in content["arms"].values()]
     if len({len(curve) for curve in curves}) == 1 < len(curves):
         gaps = [max(step) - min(step) for step in zip(*curves, strict=True)]
@@ -123,6 +123,14 @@ def end_to_end(content: dict) -> str:
         )
     header = ["arm", "median s a step", "first reward", "last reward", "largest mean log-prob. gap to vLLM"]
     return "\n\n".join([table(header, rows), *more])
+
+
+def plain_vllm(arms: dict[str, dict]) -> str:
+    """B3: vLLM by itself and through our trainer, tokens a second."""
+    rates = {name: arm["tokens"] / arm["median"] for name, arm in arms.items()}
+    rows = [[name, seconds(arm), f"{arm['tokens']:,.0f}", f"{rates[name]:,.0f}"] for name, arm in arms.items()]
+    share = f"Ours writes {100 * rates['ours'] / rates['alone']:.1f} % of the tokens a second of vLLM alone."
+    return table(["arm", "s", "tokens", "tokens/s"], rows) + "\n\n" + share
 
 
 def phases(content: dict) -> str:
