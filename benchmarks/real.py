@@ -23,6 +23,7 @@ from siesta.rl.recipe import RECIPES, load_recipe
 BASE = "smollm2_135m"
 FORMS = {"group": GROUP, "per_mode": STRATIFIED}
 ALPHAS = ("1e-4", "1e-3", "1e-2", "1e-1")
+SWEEP_STEPS = 80
 
 # arm -> (the baseline's own recipe, or None for the base; settings)
 MAIN: dict[str, tuple[str | None, list[str]]] = {
@@ -32,7 +33,7 @@ MAIN: dict[str, tuple[str | None, list[str]]] = {
     "dler": ("baseline_dler", []),
 }
 SWEEP: dict[str, tuple[str | None, list[str]]] = {
-    f"alpha_{alpha}_{form}": (None, [*settings, f"rl.alpha={alpha}"])
+    f"alpha_{alpha}_{form}": (None, [*settings, f"rl.alpha={alpha}", f"rl.max_steps={SWEEP_STEPS}"])
     for form, settings in FORMS.items()
     for alpha in ALPHAS
 }
@@ -44,6 +45,7 @@ WARM_ONLY += ["warmup.save_strategy=steps", "warmup.save_steps=600", "warmup.sav
 # A mode less leaves mass on the other's token, so the gate, which the warm-up has passed, asks for nothing here.
 FROM_WARM = ["warmup.enabled=false", "warmup.min_share=0", "warmup.min_mass=0", "warmup.check_items=20"]
 FROM_WARM += ["rl.save_steps=25", "rl.guard.action=warn", "export.enabled=false", "evaluate.before=false"]
+FROM_WARM += ["evaluate.every=0"]  # what the page shows over steps is logged in every step
 # RL sees 64 questions a step; to prepare the warm-up's 120,000 for each arm is a waste of minutes.
 FROM_WARM += ["data.train_size=20000"]
 # Six training passes of the recipe's size do not fit on a card together. The share is what must be free when an engine

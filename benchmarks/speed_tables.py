@@ -112,8 +112,6 @@ def end_to_end(content: dict) -> str:
         rewards = [row["reward"] for row in arm["steps"]]
         gap = max(row.get("sampling/sampling_logp_difference/mean", 0.0) for row in arm["steps"])
         rows.append([name, f"{middle:.2f}", f"{rewards[0]:.4f}", f"{rewards[-1]:.4f}", f"{gap:.4f}"])
-        if plain := arm.get("plain_vllm"):
-            more.append(plain_vllm(plain))
     curves = [[row["reward"] for row in arm["steps"]] for arm in content["arms"].values()]
     if len({len(curve) for curve in curves}) == 1 < len(curves):
         gaps = [max(step) - min(step) for step in zip(*curves, strict=True)]
@@ -152,6 +150,7 @@ TABLES: dict[str, Callable[[dict], str]] = {
     "b6": step_time,
     "e2e": end_to_end,
     "phases": phases,
+    "plain": lambda content: plain_vllm(content["arms"]["siesta"]["plain_vllm"]),
 }
 
 
