@@ -87,12 +87,12 @@ def places(gpus: list[int], jobs: int, kv_gib: float) -> list[Place]:
     return [
         {
             "CUDA_VISIBLE_DEVICES": str(gpu),
-            "MASTER_PORT": str(29600 + len(gpus) * slot + place),  # TRL's engine opens one
+            "MASTER_PORT": str(29600 + 16 * gpu + slot),  # TRL's engine opens one
             "OMP_NUM_THREADS": str(threads),
             "SIESTA_KV_GIB": str(kv_gib),
         }
         for slot in range(jobs)
-        for place, gpu in enumerate(gpus)
+        for gpu in gpus
     ]
 
 
