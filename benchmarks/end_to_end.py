@@ -230,13 +230,23 @@ def plain_vllm(trainer: Any, options: argparse.Namespace) -> dict[str, dict[str,
         outputs = engine.generate(requests, sampling_params=params, use_tqdm=False)
         return sum(len(output.outputs[0].token_ids) for output in outputs)
 
+    def with_logps() -> int:
+        for each in params:
+            each.logprobs = 0  # that of the token itself, which TRL asks for as well
+        try:
+            return alone()
+        finally:
+            for each in params:
+                each.logprobs = None
+
     def ours() -> int:
         engine.reset_prefix_cache()
         trainer._examples = [{"answer": "", "verifier": "exact"}] * len(ids)
         return sum(len(row) - 1 for row in trainer._generate_single_turn(ids, None, {}, 8)[0])
 
-    written: dict[str, list[int]] = {"alone": [], "ours": []}
-    runs = {"alone": lambda: written["alone"].append(alone()), "ours": lambda: written["ours"].append(ours())}
+    arms = {"alone": alone, "alone, with log-probs": with_logps, "ours": ours}
+    written: dict[str, list[int]] = {name: [] for name in arms}
+    runs = {name: lambda name=name, run=run: written[name].append(run()) for name, run in arms.items()}
     found = measure(runs, warmups=1, repeats=10, device="cuda")
     return {name: row | {"tokens": statistics.mean(written[name])} for name, row in found.items()}
 
@@ -269,7 +279,7 @@ def main() -> None:
         command = [sys.executable, "-m", "benchmarks.end_to_end", *passed, "--arm", arm, "--out", str(file)]
         subprocess.run(command, check=True)
         results[arm] = json.loads(file.read_text())
-        seconds = results[arm]["seconds"][2:]
+        seconds = results[arm]["seconds"][2:] or results[arm]["seconds"]
         print(
             f"{arm}: {statistics.median(seconds):.2f} s a step, rewards "
             f"{[round(row['reward'], 4) for row in results[arm]['steps']]}",

@@ -16,6 +16,7 @@ from siesta.data.loading import load_examples, response_examples, training_examp
 from siesta.data.prompts import end_id, messages, prompt_ids
 from siesta.data.schema import Example
 from siesta.data.sources import Split
+from siesta.data.unseen import one_side
 from siesta.rl.engines import vllm_writer
 from siesta.rl.evaluate import measure
 from siesta.rl.generation import Writer, fixed_randomness
@@ -73,12 +74,22 @@ class Context:
         return examples
 
     @cached_property
+    def rl_examples(self) -> list[Example]:
+        """What RL asks: the training examples, or those of `data.unseen_share` alone."""
+        return self.one_side(self.train_examples, unseen=True)
+
+    def one_side(self, examples: list[Example], *, unseen: bool) -> list[Example]:
+        """Those of the examples that are RL's alone, or those that the warm-up may see."""
+        return one_side(examples, self.recipe.data.unseen_share, self.recipe.data.seed, unseen=unseen)
+
+    @cached_property
     def warmup_examples(self) -> list[Example]:
-        """What the warm-up is taught on: rows of `warmup.responses`, or else the training examples."""
+        """What the warm-up is taught on: rows of `warmup.responses`, or else the training examples it may see."""
         section, file = self.recipe.warmup, str(self.recipe.warmup.responses)
         if section.responses is None:
             return self.own_warmup_examples
         examples, dropped = response_examples(file, self.recipe.data, self.evaluation_size)
+        examples = self.one_side(examples, unseen=False)
         used = teachable(examples, self.modes, pairing=section.pairing, shares=section.shares, where=file)
         overlap = f"; {dropped} more also stand in an evaluation set" if dropped else ""
         self.say(f"warm-up: {len(used)} of {len(examples)} rows of {file}, pairing {section.pairing}{overlap}")
@@ -142,12 +153,12 @@ class Context:
 
     @cached_property
     def own_warmup_examples(self) -> list[Example]:
-        """The training examples, in the warm-up's own mix of levels if it has one."""
+        """The training examples it may see, in the warm-up's own mix of levels if it has one."""
         weights = self.recipe.warmup.level_weights
         if weights is None:
-            return self.train_examples
+            return self.one_side(self.train_examples, unseen=False)
         section = self.recipe.data.model_copy(update={"level_weights": weights})
-        return load_examples(section, "train", section.train_size)
+        return self.one_side(load_examples(section, "train", section.train_size), unseen=False)
 
     @cached_property
     def judge(self) -> Judge:

@@ -46,6 +46,9 @@ class DataSection(BaseModel):
     verifier: str = "exact"
     instruction: str = ""
     train_size: int = Field(default=20_000, ge=1)
+    unseen_share: float = Field(
+        default=0.0, ge=0, lt=1, description="Of the questions; the warm-up does not see them, RL sees no others."
+    )
     max_prompt_tokens: int = Field(default=512, ge=1)
     seed: int = 0
 

@@ -104,6 +104,7 @@ def caps_per_mode(generation: Any, modes: Modes, *, text: bool = False) -> Itera
             for params, prompt in zip(each, prompts, strict=True):
                 params.max_tokens = caps[prompt["prompt_token_ids"][-1]]
                 params.detokenize = text or bool(params.stop)  # strings that stop need text
+                params.flat_logprobs = True  # a few lists a response in the place of two objects a token
             return write(prompts, sampling_params=each, **settings)
 
         with replaced(engine, "generate", generate):

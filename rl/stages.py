@@ -224,7 +224,7 @@ def rl_dataset(context: Context) -> Dataset:
         [
             {"prompt": messages(example, context.recipe.data.instruction)}
             | {column: vars(example)[column] for column in columns}
-            for example in context.train_examples
+            for example in context.rl_examples
         ]
     )
 
@@ -252,7 +252,7 @@ def rl_stage(context: Context) -> None:
     context.say(trainer.passes.line)
     if trainer.method.profile:
         trainer.add_callback(Profile(context.path / "rl" / "profile"))
-    sample = context.train_examples[:CHECKED_PROMPTS]
+    sample = context.rl_examples[:CHECKED_PROMPTS]
     found, _, _ = trainer._tokenize_prompts([messages(example, recipe.data.instruction) for example in sample])
     check_stage_ids("rollout", context.prompts(sample), found)
     shares = {f"mode/{name}/prob": f"P({name})" for name in context.modes.names}

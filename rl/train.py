@@ -47,6 +47,7 @@ def preflight(recipe: Recipe, context: Context) -> None:
     examples = context.train_examples + context.examples("test", recipe.evaluate.items)
     examples += context.examples("validation", max(recipe.warmup.check_items, recipe.evaluate.every_items))
     examples += context.warmup_examples if recipe.warmup.responses else []
+    check_sides(recipe, context)
     prompts = context.prompts(examples)
     names = [example.id for example in examples]
     openers = [*context.modes, context.notes().mode] if context.writes_notes else context.modes
@@ -58,6 +59,20 @@ def preflight(recipe: Recipe, context: Context) -> None:
     if recipe.evaluate.engine == "vllm":
         check_engine("evaluate.engine", "engine: generate")
     context.judge.verifiers  # noqa: B018  builds every verifier that the examples name
+
+
+def check_sides(recipe: Recipe, context: Context) -> None:
+    """Say how the questions are shared out between warm-up and RL.
+
+    Raises:
+        DataError: Nothing is left for one of them.
+    """
+    if recipe.data.unseen_share == 0:
+        return
+    rl, total = len(context.rl_examples), len(context.train_examples)
+    if recipe.warmup.enabled:
+        context.warmup_examples  # noqa: B018  is there anything left?
+    context.say(f"data: RL is trained on {rl} of {total} training items; the warm-up does not see them")
 
 
 def check_sleep(recipe: Recipe, context: Context, config: DeGRPOConfig) -> None:
