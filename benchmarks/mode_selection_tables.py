@@ -88,8 +88,14 @@ def table(rows: dict[str, list[dict[str, float | None]]]) -> str:
     return "\n".join(lines)
 
 
-def draw(runs: dict[str, list[dict]], file: Path, levels: tuple[int, ...] = (1, 2, 3, 8)) -> None:
-    """Think probability on validation items over steps: a panel an arm, a colour a level (of four), a line a seed."""
+def draw(
+    runs: dict[str, list[dict]], file: Path, levels: tuple[int, ...] = (1, 2, 3, 8), *, asked: bool = False
+) -> None:
+    """Think probability on validation items over steps: a panel an arm, a colour a level (of four), a line a seed.
+
+    Args:
+        asked: Also that on the questions of each step, in grey.
+    """
     width = min(6, len(runs))
     height = -(-len(runs) // width)
     with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 8}):
@@ -99,16 +105,21 @@ def draw(runs: dict[str, list[dict]], file: Path, levels: tuple[int, ...] = (1, 
             panel.set_visible(False)
         for panel, (arm, seeds) in zip(panels, runs.items(), strict=False):
             panel.set_title(arm, fontsize=8)
+            for i, run in enumerate(seeds if asked else []):
+                label = "questions of the step" if i == 0 else None
+                panel.plot(*series(run["rows"], "mode/think/prob"), color="0.6", lw=1, label=label)
             for level, colour in zip(levels, ("C3", "C1", "C2", "C0"), strict=False):
                 for i, run in enumerate(seeds):
                     label = f"level {level}" if i == 0 else None
                     key = f"validation/prob/think/level_{level}"
-                    panel.plot(*series(run["rows"], key), color=colour, lw=1, alpha=0.8, label=label)
+                    steps, values = series(run["rows"], key)
+                    if steps:
+                        panel.plot(steps, values, color=colour, lw=1, alpha=0.8, label=label)
         panels[0].set_ylim(-0.04, 1.04)
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
         figure.supxlabel("optimizer step")
-        figure.supylabel("P(think), validation items")
+        figure.supylabel("P(think)" if asked else "P(think), validation items")
         figure.savefig(file, dpi=140)
 
 

@@ -45,7 +45,7 @@ WARM_ONLY += ["warmup.save_strategy=steps", "warmup.save_steps=600", "warmup.sav
 # A mode less leaves mass on the other's token, so the gate, which the warm-up has passed, asks for nothing here.
 FROM_WARM = ["warmup.enabled=false", "warmup.min_share=0", "warmup.min_mass=0", "warmup.check_items=20"]
 FROM_WARM += ["rl.save_steps=25", "rl.guard.action=warn", "export.enabled=false", "evaluate.before=false"]
-FROM_WARM += ["evaluate.every=0"]  # what the page shows over steps is logged in every step
+FROM_WARM += ["evaluate.every=40", "evaluate.every_samples=1"]  # by `generate`, and so dear
 # RL sees 64 questions a step, and a tenth of the items is its own; to prepare all 120,000 for each arm wastes minutes.
 FROM_WARM += ["data.train_size=60000"]
 # Six training passes of the recipe's size do not fit on a card together. The share is what must be free when an engine

@@ -182,7 +182,7 @@ def write_results(folder: Path, docs: Path, recipe: str, groups: dict[str, list[
         text = replace_block(text, f"{recipe} {name}", content)
     finished = {arm: runs for group in arms.values() for arm, runs in group.items() if runs}
     if chosen := {arm: runs for arm, runs in finished.items() if has_choice(runs[0])}:
-        draw(chosen, docs / "figures" / f"real_{recipe}.png", levels=tuple(map(int, levels_of(start))))
+        draw(chosen, docs / "figures" / f"real_{recipe}.png", levels=tuple(map(int, levels_of(start))), asked=True)
         text = replace_block(text, f"{recipe} figure", f"![P(think) over steps](../figures/real_{recipe}.png)")
     page.write_text(text, encoding="utf-8")
     content = {arm: [run["result"] for run in runs] for arm, runs in {"before": start, **finished}.items()}

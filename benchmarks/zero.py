@@ -3,9 +3,11 @@
     python -m benchmarks.zero --model outputs/real/smollm2_135m/warm-0/warmup --data outputs/items --jobs 4  # bf16
     python -m benchmarks.zero --cpu --recipe smoke --steps 3    # embedded model, float32
 
-How far is far? A fourth run has the plain process cut every batch in two, which changes no number but by rounding.
+How far is far? One run has the plain process cut every batch in two, which changes no number but by rounding. And
+DeepSpeed keeps the model itself in bf16 where the plain process keeps it in float32 and casts what it multiplies;
+`zero0` is DeepSpeed without any sharding, so that what sharding changes can be told from that.
 Warm-up losses are of the same rows throughout. RL losses are of rollouts that each run draws itself: as soon as
-rounding turns one token, the batches are different ones, in the fourth run as well.
+rounding turns one token, the batches are different ones, in every run.
 """
 
 import argparse
@@ -19,7 +21,8 @@ from siesta.rl.recipe import RECIPES, load_recipe
 from siesta.rl.report import read_metrics
 
 STAGES = ("warmup", "rl")
-PLAIN, ROUNDING = "plain", "plain, batches in two"
+PLAIN, ROUNDING, UNSHARDED = "plain", "plain, batches in two", "zero0"
+NAMES = (PLAIN, ROUNDING, UNSHARDED, "zero2", "zero3")
 CPU_LAUNCH = """\
 compute_environment: LOCAL_MACHINE
 distributed_type: DEEPSPEED
@@ -37,15 +40,19 @@ def launcher(name: str, out: Path, port: int, *, cpu: bool) -> tuple[str, ...]:
     config = RECIPES / "accelerate" / f"{'cpu' if cpu else 'gpu'}.yaml"
     if name.startswith("zero"):
         config = RECIPES / "accelerate" / f"{name}.yaml"
-        if cpu:
+        if cpu or name == UNSHARDED:
+            text = CPU_LAUNCH.format(stage=name[-1])
+            if not cpu:
+                text = (RECIPES / "accelerate" / "zero2.yaml").read_text(encoding="utf-8")
+                text = text.replace("zero_stage: 2", "zero_stage: 0")
             config = out / f"{name}.yaml"
-            config.write_text(CPU_LAUNCH.format(stage=name[-1]), encoding="utf-8")
+            config.write_text(text, encoding="utf-8")
     own = ["--config_file", str(config), "--num_processes", "1", "--main_process_port", str(port)]
     return ("-m", "accelerate.commands.launch", *own, "-m", "siesta.rl.train")
 
 
 def jobs(options: argparse.Namespace, out: Path) -> list[Job]:
-    """The four runs."""
+    """The five runs."""
     recipe = load_recipe(options.recipe)
     steps = [f"warmup.max_steps={options.steps}", f"rl.max_steps={options.steps}"]
     logs = ["warmup.logging_steps=1", "rl.logging_steps=1", 'rl.save_strategy="no"', "rl.guard.action=warn"]
@@ -59,7 +66,7 @@ def jobs(options: argparse.Namespace, out: Path) -> list[Job]:
     batch = recipe.warmup.trainer_fields().get("per_device_train_batch_size", 8)
     halves = [f"warmup.per_device_train_batch_size={batch // 2}", "warmup.gradient_accumulation_steps=2"]
     halves += [f"rl.token_budget={recipe.rl.setting('token_budget') // 2}"]
-    arms = {PLAIN: [], ROUNDING: halves, "zero2": [], "zero3": []}
+    arms = {name: halves if name == ROUNDING else [] for name in NAMES}
     return [
         Job(
             options.recipe,
@@ -79,7 +86,9 @@ def losses(run: Path, stage: str) -> list[float]:
 
 
 def gaps(runs: dict[str, Path], steps: int) -> dict:
-    """Of each run and stage: loss at the first and last step, largest and mean difference to the plain run."""
+    """Of each run and stage: loss at the first and last step, largest and mean difference to the plain run, and of
+    runs with DeepSpeed the mean difference to the one that shards nothing.
+    """
     found: dict = {}
     for stage in STAGES:
         plain = losses(runs[PLAIN], stage)
@@ -94,17 +103,25 @@ def gaps(runs: dict[str, Path], steps: int) -> dict:
                 "largest_difference": max(apart),
                 "mean_difference": sum(apart) / steps,
             }
+            if name.startswith("zero"):
+                unsharded = losses(runs[UNSHARDED], stage)
+                to_it = sum(abs(a - b) for a, b in zip(own, unsharded, strict=True)) / steps
+                found[stage][name]["mean_difference_to_zero0"] = to_it
     return found
 
 
 def table(found: dict) -> str:
     """Markdown: one row a stage and run."""
-    columns = list(found[STAGES[0]][PLAIN])
+    columns = list(found[STAGES[0]][UNSHARDED])
     lines = ["| stage | run | " + " | ".join(name.replace("_", ", ") for name in columns) + " |"]
     lines.append("|" + "---|" * (len(columns) + 2))
     for stage, rows in found.items():
         for name, row in rows.items():
-            lines.append(f"| {stage} | {name} | " + " | ".join(f"{row[column]:.3g}" for column in columns) + " |")
+            lines.append(
+                f"| {stage} | {name} | "
+                + " | ".join(f"{row[column]:.3g}" if column in row else "" for column in columns)
+                + " |"
+            )
     return "\n".join(lines)
 
 
@@ -127,8 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
     work = jobs(options, options.runs)
     card = {} if options.cpu else {"CUDA_VISIBLE_DEVICES": options.gpu}
     run_all(work, [ONE_THREAD | card] * options.jobs)
-    names = (PLAIN, ROUNDING, "zero2", "zero3")
-    found = gaps({name: job.folder for name, job in zip(names, work, strict=True)}, options.steps)
+    found = gaps({name: job.folder for name, job in zip(NAMES, work, strict=True)}, options.steps)
     print(table(found))
     page = options.out / "results" / "real.md"
     page.parent.mkdir(parents=True, exist_ok=True)

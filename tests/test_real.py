@@ -153,7 +153,7 @@ def test_an_engine_beside_others_gets_a_cache_of_a_given_size(monkeypatch: pytes
 
 
 def test_losses_are_compared_step_by_step(tmp_path: Path) -> None:
-    values = {zero.PLAIN: [1.0, 2.0], "zero2": [1.0, 1.5]}
+    values = {zero.PLAIN: [1.0, 2.0], zero.UNSHARDED: [1.0, 1.25], "zero2": [1.0, 1.5]}
     runs = {name: tmp_path / name for name in values}
     for name, run in runs.items():
         run.mkdir()
@@ -161,6 +161,7 @@ def test_losses_are_compared_step_by_step(tmp_path: Path) -> None:
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     row = zero.gaps(runs, 2)["rl"]["zero2"]
     assert (row["first_difference"], row["largest_difference"], row["mean_difference"]) == (0.0, 0.5, 0.25)
+    assert row["mean_difference_to_zero0"] == 0.125
     with pytest.raises(AssertionError, match="2 losses of warmup, not 3"):
         zero.gaps(runs, 3)
 
