@@ -127,7 +127,8 @@ def plain_vllm(arms: dict[str, dict]) -> str:
     """B3: vLLM by itself and through our trainer, tokens a second."""
     rates = {name: arm["tokens"] / arm["median"] for name, arm in arms.items()}
     rows = [[name, seconds(arm), f"{arm['tokens']:,.0f}", f"{rates[name]:,.0f}"] for name, arm in arms.items()]
-    share = f"Ours writes {100 * rates['ours'] / rates['alone']:.1f} % of the tokens a second of vLLM alone."
+    others = [f"{100 * rates['ours'] / rate:.1f} % of {name}" for name, rate in rates.items() if name != "ours"]
+    share = f"Ours writes, in tokens a second, {', '.join(others)}."
     return table(["arm", "s", "tokens", "tokens/s"], rows) + "\n\n" + share
 
 
