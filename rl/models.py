@@ -138,7 +138,15 @@ def _load_tokenizer(origin: Origin, trust_remote_code: bool, key: str) -> PreTra
     """The tokenizer of an origin; an adapter's own, if it brings one."""
     if origin.adapter is not None and (Path(origin.adapter) / "tokenizer_config.json").is_file():
         origin = Origin(origin.adapter)
-    return _load(AutoTokenizer, origin, trust_remote_code, key)
+    tokenizer = _load(AutoTokenizer, origin, trust_remote_code, key)
+    if origin.gguf_file is not None:
+        # transformers 5.17 makes a GGUF file's first special token the end of a response; its config is right.
+        config = _load(AutoConfig, origin, trust_remote_code, key)
+        for name in ("eos_token", "pad_token"):
+            token_id = vars(config)[f"{name}_id"]
+            if token_id is not None:
+                setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(token_id))
+    return tokenizer
 
 
 def _load(auto: Any, origin: Origin, trust_remote_code: bool, key: str = "model.path", **kwargs: Any) -> Any:

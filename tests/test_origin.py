@@ -204,6 +204,26 @@ def test_a_gguf_file_becomes_an_ordinary_folder(folder: Path, dtype: str) -> Non
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
+def test_a_gguf_file_says_itself_what_ends_a_response(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the tokenizer that transformers makes of it takes for the end (5.17: the first special token)."""
+    pytest.importorskip("gguf")
+    from tests.gguf_file import write_gguf
+
+    tokenizer = byte_level()
+    write_gguf(folder / "tiny.gguf", tiny_llama(len(tokenizer), tied=True, hidden_size=32, heads=4), tokenizer)
+    load = AutoTokenizer.from_pretrained
+
+    def mistaken(*args: Any, **kwargs: Any) -> Any:
+        found = load(*args, **kwargs)
+        found.eos_token = found.pad_token = found.convert_ids_to_tokens(5)
+        return found
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", mistaken)
+    made = make_tokenizer(recipe("tiny.gguf"))[0]
+    assert (made.eos_token, made.pad_token) == (tokenizer.eos_token, tokenizer.pad_token)
+    assert made.eos_token_id != 5
+
+
 def test_a_gguf_file_must_exist_and_be_one(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelError, match=r"model\.path: weights/none\.gguf: no such file"):
         find_origin("weights/none.gguf")
