@@ -219,12 +219,14 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("outputs/sleep_notes"))
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--tables", action="store_true", help="run nothing, write what is there")
     options = parser.parse_args()
     options.runs.mkdir(parents=True, exist_ok=True)
     jobs = [
         Job("quickstart_sleep", arm, seed, ARMS[arm], options.runs) for arm in options.arms for seed in options.seeds
     ]
-    run_all(jobs, options.workers)
+    if not options.tables:
+        run_all(jobs, options.workers)
     file = options.out / "sleep.json"
     content = json.loads(file.read_text()) if file.exists() else {}
     for arm in options.arms:
