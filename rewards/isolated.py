@@ -27,7 +27,6 @@ from siesta.rewards.score import REASON_LENGTH, Unscorable, as_score
 
 STARTUP_LIMIT = 60.0  # seconds for imports; generous: network file systems are slow, and it is paid once per worker
 REPLY_LIMIT = 4096  # bytes; a worker's own replies are far shorter, so more is a verifier writing where it must not
-REPLIES = ({"ready"}, {"score"}, {"failed"})  # keys of what `worker.send` sends
 GIB = 2**30
 MEMORY = 8.0  # GiB of address space, which is more than what is used
 
@@ -82,6 +81,7 @@ class Worker:
     def exchange(self, message: bytes, limit: float) -> dict[str, Any]:
         """Send `message` (may be empty) and return the next reply; Unscorable if none comes within `limit` seconds."""
         deadline = time.monotonic() + limit
+        wanted = "score" if message else "ready"  # or why there is none, "failed"
         reply = b""
         try:
             while message:
@@ -102,7 +102,7 @@ class Worker:
             content = json.loads(reply)
         except (ValueError, RecursionError):
             content = None
-        if not isinstance(content, dict) or content.keys() not in REPLIES:
+        if not isinstance(content, dict) or content.keys() not in ({wanted}, {"failed"}):
             raise Unscorable("the worker sent a garbled reply")
         return content
 
@@ -148,8 +148,6 @@ class IsolatedVerifier:
             self._idle.append(worker)  # one that failed is not: its late reply must never answer the next call
         if "failed" in reply:
             raise Unscorable(str(reply["failed"])[:REASON_LENGTH])
-        if "score" not in reply:
-            raise Unscorable("the worker sent a garbled reply")
         return as_score(reply["score"])
 
     def _take(self) -> Worker:
