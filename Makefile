@@ -1,4 +1,4 @@
-# make setup | check | test | quickstart | quickstart-sleep | smoke | weights | results-quickstart | results-sleep | results-sleep-cpu
+# make setup | check | test | lock | quickstart | quickstart-sleep | smoke | weights | results-quickstart | results-sleep | results-sleep-cpu
 #      results-speed-cpu | results-speed-gpu | results-real | results-rule110
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml -m siesta.rl.train
 
-.PHONY: setup check test quickstart quickstart-sleep smoke weights results-quickstart results-sleep results-sleep-cpu \
+.PHONY: setup check test lock quickstart quickstart-sleep smoke weights results-quickstart results-sleep results-sleep-cpu \
   results-speed-cpu results-speed-gpu results-real clean
 
 setup: $(VENV)/.installed build/typing/siesta
@@ -31,6 +31,14 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/pytest tests/test_dependencies.py
+
+# Needs uv and a package index. vLLM is not in it: it brings a torch of its own.
+EXTRAS := deepspeed gguf qlora tasks tensorboard titans trackio wandb
+lock:
+	uv pip compile pyproject.toml $(addprefix --extra ,$(EXTRAS)) --python-version 3.11 --generate-hashes --no-header -o lock.part
+	sed '/^[^#]/,$$d' requirements.lock | cat - lock.part > lock.new
+	mv lock.new requirements.lock && rm lock.part
 
 test: setup
 	$(BIN)/pytest

@@ -145,19 +145,26 @@ def read_rows(path: str, *, name: str | None = None, split: str = "train", revis
 def _read_jsonl(file: Path) -> list[dict]:
     """A blank line becomes BLANK, so that rows count as an editor does. (splitlines would end rows at U+2028 too.)"""
     rows = []
-    for number, line in enumerate(_text(file).split("\n"), start=1):
-        try:
-            rows.append(json.loads(line) if line.strip() else BLANK)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{file}, row {number}: not JSON: {error.msg}") from error
+    text = _text(file)
+    if text.lstrip().startswith("["):
+        raise DataError(f"{file}, row 1: an object is expected, this is a list; a file that is one list ends in .json")
+    for number, line in enumerate(text.split("\n"), start=1):
+        rows.append(_parsed(line, f"{file}, row {number}") if line.strip() else BLANK)
     return rows
 
 
-def _read_json(file: Path) -> list[dict]:
+def _parsed(text: str, where: str) -> Any:
     try:
-        rows = json.loads(_text(file))
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{file}, line {error.lineno}: not JSON: {error.msg}") from error
+        line = f", line {error.lineno}" if error.lineno > 1 else ""
+        raise DataError(f"{where}{line}: not JSON: {error.msg}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets within brackets
+        raise DataError(f"{where}: not read: {_line(error)}") from error
+
+
+def _read_json(file: Path) -> list[dict]:
+    rows = _parsed(_text(file), str(file))
     if not isinstance(rows, list):
         raise DataError(f"{file}: a list of rows is expected, this is a {type(rows).__name__}")
     return rows
@@ -169,13 +176,14 @@ def _read_parquet(file: Path) -> list[dict]:
 
     try:
         return pyarrow.parquet.read_table(file).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        raise DataError(f"{file}: not a Parquet file: {_line(error)}") from error
+    except (pyarrow.ArrowException, OSError) as error:  # OSError: the end is sound, what it points to is not
+        raise DataError(f"{file}: not a Parquet file, or not a whole one: {_line(error)}") from error
 
 
 def _text(file: Path) -> str:
+    """The content, without the byte order mark that some editors put before it."""
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: not UTF-8 at byte {error.start}") from error
 
@@ -208,12 +216,16 @@ def to_examples(
         if name not in FIELDS and not name.startswith("responses."):
             raise DataError(f"data.columns.{name}: not a field; fields are {', '.join(FIELDS)}, responses.<mode>")
     examples = []
+    seen: dict[str, int] = {}
     for number, row in enumerate(rows, start=1):
         if row is BLANK:
             continue
         where = f"{path}, row {number}"
         try:
-            examples.append(_to_example(row, f"{path}:{number}", where, columns, verifier, data_format))
+            example = _to_example(row, f"{path}:{number}", where, columns, verifier, data_format)
+            if (first := seen.setdefault(example.id, number)) != number:
+                raise DataError(f"{where}: id {example.id!r} stands in row {first} already; ids are unique in a file")
+            examples.append(example)
         except DataError as error:
             if bad is None:
                 raise
@@ -235,7 +247,7 @@ def _to_example(
             if not isinstance(row[column], str | int | float):
                 kind = type(row[column]).__name__
                 raise DataError(f"{where}: column {column!r} (field {name!r}) is a {kind}; text is expected")
-            values[name] = str(row[column]).strip()
+            values[name] = _sound(str(row[column]).strip(), f"{where}: column {column!r}")
         elif name in columns or name in ("query", "answer"):
             raise DataError(f"{where}: no column {column!r} (field {name!r}); map it with data.columns.{name}")
     for name in ("query", "answer"):
@@ -259,6 +271,15 @@ def _to_example(
     )
 
 
+def _sound(text: str, where: str) -> str:
+    """`text`, unless it has what no tokenizer or file takes: half a character, or NUL."""
+    if "\0" in text:
+        raise DataError(f"{where} holds a NUL character; remove it")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise DataError(f"{where} holds half of a surrogate pair (such as \\ud83d alone), which is no character")
+    return text
+
+
 def _responses(row: dict, where: str, columns: dict[str, str]) -> dict[str, str]:
     """Worked responses per mode, from the mapped columns or from a `responses` object in the row."""
     responses = row.get("responses") or {}
@@ -272,7 +293,7 @@ def _responses(row: dict, where: str, columns: dict[str, str]) -> dict[str, str]
             if not isinstance(row.get(column), str):
                 raise DataError(f"{where}: no text in column {column!r} (field {name!r})")
             responses[name.removeprefix("responses.")] = row[column]
-    return responses
+    return {mode: _sound(text, f"{where}: response {mode!r}") for mode, text in responses.items()}
 
 
 def normalised(example: Example) -> str:

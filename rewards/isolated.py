@@ -3,11 +3,13 @@
 Symbolic mathematics on text a model wrote can take for ever, and a time limit by SIGALRM works only in the main
 thread and not inside C code. Killing a process always works. The worker (`worker.py`) is kept between calls,
 because importing sympy costs as much as hundreds of comparisons. It is replaced after it was killed or died.
+
+This is a fence against accidents, not against malice: a verifier runs as the user, with the user's files and network.
+One that executes what a model wrote belongs in a container.
 """
 
 import json
 import os
-import re
 import select
 import signal
 import subprocess
@@ -18,21 +20,27 @@ import weakref
 from contextlib import suppress
 from typing import IO, Any, Self
 
-from siesta.rewards.score import Unscorable
+import psutil
+
+from siesta.data.credentials import without_credentials
+from siesta.rewards.score import REASON_LENGTH, Unscorable, as_score
 
 STARTUP_LIMIT = 60.0  # seconds for imports; generous: network file systems are slow, and it is paid once per worker
-SECRET_NAME = re.compile("token|key|secret|password", re.IGNORECASE)
-
-
-def clean_environment() -> dict[str, str]:
-    """The environment without what looks like a secret: a verifier has no use for it and may run a model's code."""
-    return {name: value for name, value in os.environ.items() if not SECRET_NAME.search(name)}
+REPLY_LIMIT = 4096  # bytes; a worker's own replies are far shorter, so more is a verifier writing where it must not
+GIB = 2**30
+MEMORY = 8.0  # GiB of address space, which is more than what is used
 
 
 def end_process(process: subprocess.Popen[bytes], owner: int) -> None:
-    """Kill the worker's whole process group and reap the worker."""
+    """Kill the worker's whole process group and what has left it, and reap the worker."""
     if os.getpid() != owner:  # a forked copy of the parent that exits must not take the parent's worker along
         return
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGSTOP)  # nothing is started between the look and the kill
+    with suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -60,7 +68,7 @@ class Worker:
             stdout=subprocess.PIPE,
             bufsize=0,
             cwd=folder,
-            env=clean_environment(),
+            env=without_credentials(dict(os.environ)),
             start_new_session=True,
         )
         assert self.process.stdin is not None
@@ -73,6 +81,7 @@ class Worker:
     def exchange(self, message: bytes, limit: float) -> dict[str, Any]:
         """Send `message` (may be empty) and return the next reply; Unscorable if none comes within `limit` seconds."""
         deadline = time.monotonic() + limit
+        wanted = "score" if message else "ready"  # or why there is none, "failed"
         reply = b""
         try:
             while message:
@@ -82,32 +91,47 @@ class Worker:
                 if not chunk:
                     raise EOFError
                 reply += chunk
+                if len(reply) > REPLY_LIMIT:
+                    raise Unscorable("the worker sent a garbled reply")
         except TimeoutError:
             raise Unscorable(f"timed out after {limit:g} s") from None
         except (BrokenPipeError, EOFError):
             self.end()
             raise Unscorable(f"the worker died (exit status {self.process.returncode})") from None
         try:
-            return json.loads(reply)
-        except ValueError:
-            raise Unscorable("the worker sent a garbled reply") from None
+            content = json.loads(reply)
+        except (ValueError, RecursionError):
+            content = None
+        if not isinstance(content, dict) or content.keys() not in ({wanted}, {"failed"}):
+            raise Unscorable("the worker sent a garbled reply")
+        return content
 
 
 class IsolatedVerifier:
-    """The verifier at a dotted path, called in worker processes with `timeout` seconds for each call.
+    """The verifier at a dotted path, called in worker processes with `timeout` seconds for each call and `memory` GiB.
 
     Raises ValueError at once when the path cannot be imported. `example` is a (solution, answer) pair scored while a
     worker starts, for verifiers that import lazily. Calls from several threads run side by side in up to `workers`
     processes, the first of which is started now and the others when they are needed; further calls wait their turn.
     """
 
-    def __init__(self, path: str, timeout: float, *, workers: int = 1, example: tuple[str, str] | None = None):
+    def __init__(
+        self,
+        path: str,
+        timeout: float,
+        *,
+        workers: int = 1,
+        memory: float = MEMORY,
+        example: tuple[str, str] | None = None,
+    ):
         if not 0 < timeout < float("inf"):
             raise ValueError(f"verifier timeout must be a positive number of seconds, not {timeout}")
+        if not 0 < memory < float("inf"):
+            raise ValueError(f"verifier memory must be a positive number of GiB, not {memory}")
         self.path = path
         self.timeout = timeout
         self.workers = workers
-        self._arguments = [path, *(example or ())]
+        self._arguments = [str(int(memory * GIB)), path, *(example or ())]
         self._folder = os.getcwd()  # a worker started later imports the same modules, wherever the program is by then
         self._places = threading.BoundedSemaphore(workers)
         self._idle: list[Worker] = []
@@ -123,8 +147,8 @@ class IsolatedVerifier:
             reply = self._exchange(worker, message, self.timeout)
             self._idle.append(worker)  # one that failed is not: its late reply must never answer the next call
         if "failed" in reply:
-            raise Unscorable(reply["failed"])
-        return reply["score"]
+            raise Unscorable(str(reply["failed"])[:REASON_LENGTH])
+        return as_score(reply["score"])
 
     def _take(self) -> Worker:
         """An idle worker, or a new one; one that died between two calls is no fault of this rollout."""

@@ -9,7 +9,7 @@ import json
 from difflib import get_close_matches
 from typing import Any
 
-from siesta.rewards.isolated import IsolatedVerifier
+from siesta.rewards.isolated import MEMORY, IsolatedVerifier
 from siesta.rewards.score import Unscorable, Verifier, guarded
 
 __all__ = ["KNOWN", "Unscorable", "Verifier", "build_verifier", "exact", "math", "reasoning_gym", "solution_part"]
@@ -78,8 +78,8 @@ def reasoning_gym(solution: str, answer: str) -> float:
     return float(score(solution, entry) >= 1.0)
 
 
-def build_verifier(name: str, *, timeout: float, workers: int = 1) -> Verifier:
-    """The verifier a recipe names, with `timeout` seconds per call; ValueError when there is none.
+def build_verifier(name: str, *, timeout: float, workers: int = 1, memory: float = MEMORY) -> Verifier:
+    """The verifier a recipe names, with `timeout` seconds per call and `memory` GiB; ValueError when there is none.
 
     `exact` runs in this process. `math`, `reasoning_gym` and dotted paths run in up to `workers` processes, the first
     of them started here so that a path that does not import is reported before training starts.
@@ -87,11 +87,11 @@ def build_verifier(name: str, *, timeout: float, workers: int = 1) -> Verifier:
     if name == "exact":
         return guarded(exact)
     if name == "math":
-        return IsolatedVerifier(f"{__name__}.math", timeout, workers=workers, example=("1", "1"))
+        return IsolatedVerifier(f"{__name__}.math", timeout, workers=workers, memory=memory, example=("1", "1"))
     if name == "reasoning_gym":
-        return IsolatedVerifier(f"{__name__}.reasoning_gym", timeout, workers=workers, example=EXAMPLE)
+        return IsolatedVerifier(f"{__name__}.reasoning_gym", timeout, workers=workers, memory=memory, example=EXAMPLE)
     if "." in name:
-        return IsolatedVerifier(name, timeout, workers=workers)
+        return IsolatedVerifier(name, timeout, workers=workers, memory=memory)
     close = get_close_matches(name, KNOWN, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     known = ", ".join(KNOWN)

@@ -1,25 +1,34 @@
-"""The process in which a verifier runs: python -m siesta.rewards.worker package.module.function [solution answer]
+"""The process in which a verifier runs: python -m siesta.rewards.worker BYTES package.module.function [EXAMPLE]
 
 Only `isolated.IsolatedVerifier` starts it, as the leader of its own session. One JSON line comes in per call and
 one goes out; the first line out is {"ready": true} or {"failed": reason}. JSON, not pickle, so nothing that arrives
 can run as code.
 
 A verifier may print, read standard input, fork or hang, and none of that may disturb the conversation. So the pipes
-move to private descriptors that spawned programs do not inherit, and descriptors 0 to 2 become /dev/null. The
-optional solution and answer are scored once before "ready": what the verifier imports or compiles at its first call
-is paid for there.
+move to private descriptors that spawned programs do not inherit, and descriptors 0 to 2 become /dev/null. An
+EXAMPLE, a solution and an answer, is scored once before "ready": what the verifier imports or compiles at its first
+call is paid for there.
+
+The process may map BYTES of memory, as may each that it starts; beyond that an allocation raises MemoryError. What a
+verifier starts during a call ends with the call, or thousands of calls would fill the machine. What it starts while it
+is imported, or in that first call, may stay.
 """
 
+import ctypes
 import importlib
 import json
 import os
 import queue
+import resource
 import signal
 import sys
 import threading
+from contextlib import suppress
 from typing import BinaryIO
 
 from siesta.rewards.score import Unscorable, Verifier, guarded, reason_of
+
+PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
 
 
 def claim_pipes() -> tuple[BinaryIO, BinaryIO]:
@@ -51,12 +60,53 @@ def collect(requests: BinaryIO, inbox: queue.SimpleQueue[bytes]) -> None:
     os.killpg(0, signal.SIGKILL)
 
 
+def limit_memory(size: int) -> None:
+    """Cap this process's address space, and that of each it starts, at `size` bytes, or at what is allowed anyway."""
+    _, allowed = resource.getrlimit(resource.RLIMIT_AS)
+    size = size if allowed == resource.RLIM_INFINITY else min(size, allowed)
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+
+
+def adopt_orphans() -> None:
+    """Become the parent of every process below whose own parent ends, so that none gets out of reach by that."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def started_since(kept: set[int]) -> set[int]:
+    """Ids of the processes below this one, without the children in `kept` and what is below those."""
+    try:  # costs next to nothing where there are no children, which is the rule
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return set()
+    import psutil
+
+    found: set[int] = set()
+    for child in psutil.Process().children():
+        if child.pid not in kept:
+            with suppress(psutil.NoSuchProcess):
+                found |= {child.pid, *(below.pid for below in child.children(recursive=True))}
+    return found
+
+
+def end_strays(kept: set[int]) -> None:
+    """Kill and reap the processes below this one that are not in `kept`, and those that they start meanwhile."""
+    while strays := started_since(kept):
+        for stray in strays:
+            with suppress(ProcessLookupError):
+                os.kill(stray, signal.SIGKILL)
+        for stray in strays:
+            with suppress(ChildProcessError):  # not ours yet: it comes to us when its parent is gone
+                os.waitpid(stray, 0)
+
+
 def send(replies: BinaryIO, message: dict[str, object]) -> None:
     replies.write(json.dumps(message).encode() + b"\n")
 
 
-def main(path: str, *example: str) -> None:
+def main(memory: str, path: str, *example: str) -> None:
     requests, replies = claim_pipes()
+    limit_memory(int(memory))
+    adopt_orphans()
     inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     threading.Thread(target=collect, args=(requests, inbox), daemon=True).start()
     if os.getcwd() not in sys.path:  # `-m` puts it there, unless PYTHONSAFEPATH is set
@@ -69,7 +119,7 @@ def main(path: str, *example: str) -> None:
         send(replies, {"failed": error.reason if isinstance(error, Unscorable) else reason_of(error)})
         return
     send(replies, {"ready": True})
-    own_id = os.getpid()
+    own_id, kept = os.getpid(), started_since(set())
     while True:
         request = json.loads(inbox.get())
         try:
@@ -78,6 +128,7 @@ def main(path: str, *example: str) -> None:
             reply = {"failed": error.reason}
         if os.getpid() != own_id:  # a child that the verifier forked came back too: it must not answer a second time
             os._exit(0)
+        end_strays(kept)
         send(replies, reply)
 
 

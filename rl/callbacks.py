@@ -7,11 +7,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainerCallback
 
 from siesta.rl.recipe import GuardSection
 from siesta.rl.run import write_atomically
+from siesta.rl.tracking import attempt
 from siesta.rl.trainer import DeGRPOTrainer
 
 logger = logging.getLogger(__name__)
@@ -78,8 +80,11 @@ class SampleFile(TrainerCallback):
         if self.to_wandb:
             import wandb
 
-            table = wandb.Table(columns=list(rows[0]), data=[[str(v) for v in row.values()] for row in rows])
-            wandb.log({"samples": table}, commit=False)
+            cells: list[Any] = [[str(v) for v in row.values()] for row in rows]
+            self.to_wandb = attempt(
+                "the table of samples in wandb",
+                lambda: wandb.log({"samples": wandb.Table(columns=list(rows[0]), data=cells)}, commit=False),
+            )
 
 
 class Validation(TrainerCallback):

@@ -8,6 +8,7 @@ from trl import GRPOConfig
 
 from siesta.data.errors import RecipeError
 from siesta.rewards.hacking import FLAGS
+from siesta.rewards.isolated import MEMORY
 
 NO_BONUS = "the loss has no entropy bonus"
 OTHER_LOSS = "it belongs to a loss_type that is not used"
@@ -91,6 +92,9 @@ class DeGRPOConfig(GRPOConfig):
     verifier_timeout: float = field(default=10.0, metadata={"help": "Seconds a verifier may take for one answer."})
     verifier_workers: int = field(
         default=2, metadata={"help": "Processes per rank for verifiers that run in one (`math`, dotted paths)."}
+    )
+    verifier_memory: float = field(
+        default=MEMORY, metadata={"help": "GiB of address space that each of these processes may take."}
     )
     attention: str = field(
         default="auto", metadata={"help": "Of the training pass: `auto`, or a name of siesta.rl.attention.BACKENDS."}
@@ -228,7 +232,7 @@ def check_method(config: DeGRPOConfig, num_modes: int) -> None:
             f"rl.share_prompts: {prompts} prompts of a generation batch cannot be dealt evenly to {steps} optimizer "
             "steps; change rl.steps_per_generation"
         )
-    for name in ("tau", "tau_start", "alpha", "verifier_timeout", "temperature"):
+    for name in ("tau", "tau_start", "alpha", "verifier_timeout", "verifier_memory", "temperature"):
         value = getattr(config, name)
         if value is not None and not value > 0:
             raise RecipeError(f"rl.{name}: {value} must be positive")

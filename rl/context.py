@@ -175,6 +175,7 @@ class Context:
             price_per_token=self.recipe.rl.setting("price_per_token"),
             verifier_timeout=self.recipe.rl.setting("verifier_timeout"),
             verifier_workers=self.recipe.rl.setting("verifier_workers"),
+            verifier_memory=self.recipe.rl.setting("verifier_memory"),
             hack_prices=self.recipe.rl.setting("hack_prices"),
         )
 

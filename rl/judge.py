@@ -3,6 +3,7 @@
 `Judge` does it for one mode at a time; `RewardFunction` is the form in which TRL calls it during training.
 """
 
+import logging
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -15,10 +16,15 @@ from transformers import PreTrainedTokenizerBase
 from siesta.data.errors import DataError
 from siesta.data.prompts import end_id
 from siesta.rewards import hacking
+from siesta.rewards.isolated import MEMORY
 from siesta.rewards.reward import RewardTable, mode_reward, score_solutions
 from siesta.rewards.score import Verifier
 from siesta.rewards.verifiers import build_verifier, solution_part
 from siesta.rl.modes import Mode, Modes
+
+logger = logging.getLogger(__name__)
+
+TOLD = 5  # different reasons of failure that are told as they come up; all are counted
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,14 @@ class Judge:
         """
         solutions = [solution_part(self.text(response), mode.answer_after) for response in responses]
         scores = score_solutions(self.verifiers, names, solutions, answers, threads=self.verifier_workers)
+        for reason in scores.reasons.keys() - self.reasons.keys():
+            if len(self.reasons) < TOLD:
+                logger.warning(
+                    "a verifier failed: %s; such rollouts are left out and counted (rollout/unscorable), "
+                    "training goes on",
+                    reason,
+                )
+            self.reasons[reason] = 0
         self.reasons.update(scores.reasons)
         return scores.values
 
@@ -92,6 +106,7 @@ def build_judge(
     price_per_token: float,
     verifier_timeout: float,
     verifier_workers: int = 1,
+    verifier_memory: float = MEMORY,
     hack_prices: Mapping[str, float] | None = None,
 ) -> Judge:
     """A judge with every verifier that the examples name, each built (and so checked) now.
@@ -101,7 +116,7 @@ def build_judge(
     """
     try:
         verifiers = {
-            name: build_verifier(name, timeout=verifier_timeout, workers=verifier_workers)
+            name: build_verifier(name, timeout=verifier_timeout, workers=verifier_workers, memory=verifier_memory)
             for name in sorted(set(verifier_names))
         }
     except ValueError as error:

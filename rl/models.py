@@ -126,7 +126,15 @@ def load_weights(
     # Without this transformers may keep a GGUF file's weights packed, which can be neither trained nor saved.
     unpacked = {"quantization_config": GgufConfig(dequantize=True)} if origin.gguf_file else {}
     with replaced(deepspeed, "_hf_deepspeed_config_weak_ref", None):
-        model = _load(AutoModelForCausalLM, origin, trust_remote_code, key, dtype=getattr(torch, dtype), **unpacked)
+        model = _load(
+            AutoModelForCausalLM,
+            origin,
+            trust_remote_code,
+            key,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,  # the older formats are pickles, which are programs
+            **unpacked,
+        )
     if origin.adapter is None:
         return model
     from peft import PeftModel

@@ -28,6 +28,7 @@ from siesta.rl.recipe import Recipe
 
 RECORD = "origin.json"
 ADAPTER = "adapter_config.json"
+PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,12 @@ def find_origin(path: str, revision: str | None = None, key: str = "model.path")
         return adapter_origin(place, key)
     if not (place / "config.json").is_file():
         raise ModelError(f"{key}: {path}: no model in this folder (config.json is missing)")
+    pickles = sorted(file.name for pattern in PICKLES for file in place.glob(pattern))
+    if pickles and not any(place.glob("*.safetensors")):
+        raise ModelError(
+            f"{key}: {path}: its weights are a pickle ({pickles[0]}), which can run code when it is read, so it is "
+            "not; get them as safetensors"
+        )
     return Origin(path)
 
 

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
 from trl import SFTConfig
 
+from siesta.data.credentials import credential_in, texts
 from siesta.data.errors import RecipeError
 from siesta.data.sources import check_level_weights
 from siesta.rl.config import DeGRPOConfig
@@ -34,6 +35,8 @@ ELSEWHERE = {
 }
 
 WRITER = "sleep"  # the key of `warmup.stop` for how right sleep is: notes, or answers from a state of tensors
+
+MAX_INTERPOLATIONS = 24  # spread as badly as can be, these multiply a text by 3^8
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -208,11 +211,19 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             key = override.partition("=")[0]
             # Replaces, mappings too: merged, `warmup.stop={}` would change nothing.
             OmegaConf.update(written, key, OmegaConf.select(OmegaConf.from_dotlist([override]), key), merge=False)
+        check_interpolations(written)
         content = OmegaConf.to_container(written, resolve=True)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+    except (
+        yaml.YAMLError,
+        OmegaConfBaseException,
+        OSError,
+        ValueError,
+    ) as error:  # ValueError: 5,000 digits, bad UTF-8
         raise RecipeError(f"{file}: {' '.join(str(error).split())}") from error
     except TypeError as error:  # what OmegaConf raises where a list meets a mapping
         raise RecipeError(f"{file}: {error}, in an override: {' '.join(overrides)}") from error
+    if fault := credential_in(content):  # first, so that no other message repeats it
+        raise RecipeError(f"{file}: {fault}")
     try:
         recipe = Recipe.model_validate(content)
         recipe.warmup = check_trainer_section("warmup", recipe.warmup, SFTConfig)
@@ -256,6 +267,13 @@ def read_recipe(file: Path, above: tuple[Path, ...] = ()) -> DictConfig:
         else:
             base[section] = content
     return base
+
+
+def check_interpolations(written: DictConfig) -> None:
+    """Raises OmegaConfBaseException if a few lines of `${...}` could become a text without bound: they multiply."""
+    count = sum(text.count("${") for _, text in texts(OmegaConf.to_container(written, resolve=False)))
+    if count > MAX_INTERPOLATIONS:
+        raise OmegaConfBaseException(f"{count} interpolations ${{...}}, at most {MAX_INTERPOLATIONS}")
 
 
 def find_recipe(path: str | Path) -> Path:

@@ -1,17 +1,69 @@
-"""Trackers, decided before anything is initialised: wandb goes online only if a key is there, else to offline files.
+"""Trackers, decided before anything is initialised: wandb goes online only if there is a key and its server answers,
+else to offline files. A failed online start cannot be turned into an offline one in the same process.
 
-A failed online start cannot be turned into an offline one in the same process, so there is no try-and-see.
+A tracker is a witness of the run, not a part of it: one that fails is given up with one line, and training goes on.
+metrics.jsonl is written beside it in any case.
 """
 
 import importlib.util
+import logging
 import netrc
 import os
+import socket
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+from transformers.integrations import integration_utils
+from transformers.integrations.integration_utils import WandbCallback
 
 from siesta.data.errors import RecipeError
 from siesta.rl.recipe import TrackingSection
 
-WANDB_HOST = "api.wandb.ai"
+logger = logging.getLogger(__name__)
+
+WANDB_SERVER = "https://api.wandb.ai"
+CONNECT_LIMIT = 5.0  # seconds
+PORTS = {"http": 80, "https": 443}
+
+
+def attempt(what: str, work: Callable[[], object]) -> bool:
+    """Do what training can do without. False, and one line that names `what`, if it fails."""
+    try:
+        work()
+    except Exception as error:  # whatever a tracker raises: its own errors, those of sockets, pipes and disks
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        logger.warning("%s is given up: %s; the run goes on, metrics.jsonl is complete", what, reason)
+        return False
+    return True
+
+
+class SteadyWandb(WandbCallback):
+    """transformers' callback, which falls silent when wandb fails instead of ending the run."""
+
+    def _attempt(self, work: Callable[[], object]) -> None:
+        if not attempt("wandb", work):
+            self._wandb = None  # every event of the base class looks at this first
+
+    def on_train_begin(self, *args, **kwargs):
+        self._attempt(lambda: super(SteadyWandb, self).on_train_begin(*args, **kwargs))
+
+    def on_log(self, *args, **kwargs):
+        self._attempt(lambda: super(SteadyWandb, self).on_log(*args, **kwargs))
+
+    def on_save(self, *args, **kwargs):
+        if self._wandb is not None:
+            self._attempt(lambda: super(SteadyWandb, self).on_save(*args, **kwargs))
+
+    def on_train_end(self, *args, **kwargs):
+        self._attempt(lambda: super(SteadyWandb, self).on_train_end(*args, **kwargs))
+
+
+def wandb_server() -> str:
+    """Address of the server that wandb would talk to."""
+    return os.environ.get("WANDB_BASE_URL", WANDB_SERVER)
 
 
 def has_wandb_key() -> bool:
@@ -20,8 +72,23 @@ def has_wandb_key() -> bool:
         return True
     file = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     try:
-        return netrc.netrc(str(file)).authenticators(WANDB_HOST) is not None
+        return netrc.netrc(str(file)).authenticators(urlsplit(wandb_server()).hostname or "") is not None
     except (FileNotFoundError, netrc.NetrcParseError):  # as wandb does
+        return False
+
+
+@cache
+def answers(server: str) -> bool:
+    """Whether something listens at the address `server`, or at the proxy on the way to it."""
+    place = urlsplit(server)
+    proxy = getproxies().get(place.scheme)
+    if proxy is not None and not proxy_bypass(place.hostname or ""):
+        place = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    try:
+        with socket.create_connection((place.hostname, place.port or PORTS[place.scheme]), CONNECT_LIMIT):
+            return True
+    except OSError as error:
+        logger.warning("wandb: %s cannot be reached (%s); it writes offline files into the run", place.hostname, error)
         return False
 
 
@@ -35,9 +102,11 @@ def start_trackers(section: TrackingSection, run_dir: Path) -> list[str]:
         if importlib.util.find_spec(name) is None:
             raise RecipeError(f"tracking.report_to: {name} is not installed; pip install 'siesta-rl[{name}]'")
     if "wandb" in section.report_to:
-        os.environ.setdefault("WANDB_MODE", "online" if has_wandb_key() else "offline")
+        if "WANDB_MODE" not in os.environ:
+            os.environ["WANDB_MODE"] = "online" if has_wandb_key() and answers(wandb_server()) else "offline"
         os.environ.setdefault("WANDB_DIR", str(run_dir))
         os.environ.setdefault("WANDB_PROJECT", section.project)
+        integration_utils.INTEGRATION_TO_CALLBACK["wandb"] = SteadyWandb
     if "trackio" in section.report_to:
         os.environ.setdefault("TRACKIO_DIR", str(run_dir / "trackio"))
     if "tensorboard" in section.report_to:

@@ -168,7 +168,7 @@ def test_a_unicode_line_separator_inside_a_row_is_not_a_new_row(tmp_path: Path) 
 
 def test_rows_may_have_responses_for_different_modes(tmp_path: Path) -> None:
     """Parquet fills the response that a row lacks with null."""
-    rows = [{**ROWS[0], "responses": {"short": "2"}}, {**ROWS[0], "responses": {"think": "1 1 = 2"}}]
+    rows = [{**ROWS[0], "responses": {"short": "2"}}, {**ROWS[1], "responses": {"think": "1 1 = 2"}}]
     for path in written(tmp_path, rows):
         assert [x.meta["responses"] for x in load(path)] == [row["responses"] for row in rows]
 

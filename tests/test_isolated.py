@@ -240,7 +240,7 @@ def test_a_forked_copy_that_exits_leaves_the_worker_alone(tmp_path: Path) -> Non
 def test_worker_ends_when_its_pipe_closes_even_while_it_hangs() -> None:
     """What a parent killed by SIGKILL leaves behind: a closed pipe and a worker in the middle of a call."""
     worker = subprocess.Popen(
-        [sys.executable, "-m", "siesta.rewards.worker", "verifier_zoo.act"],
+        [sys.executable, "-m", "siesta.rewards.worker", str(2**33), "verifier_zoo.act"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         cwd=ZOO,

@@ -2,16 +2,24 @@
 
 import importlib.util
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    WandbCallback,
+    get_reporting_integration_callbacks,
+)
 
 from siesta.data.errors import RecipeError
+from siesta.rl import tracking
 from siesta.rl.recipe import TrackingSection
-from siesta.rl.tracking import has_wandb_key, start_trackers
+from siesta.rl.tracking import SteadyWandb, answers, has_wandb_key, start_trackers
 
 KEY = "0" * 40
 NAMES = (
@@ -19,6 +27,14 @@ NAMES = (
     "WANDB_MODE",
     "WANDB_DIR",
     "WANDB_PROJECT",
+    "WANDB_BASE_URL",
+    "http_proxy",
+    "https_proxy",
+    "no_proxy",
+    "HTTP_PROXY",
+    "HTTPS_PROXY",
+    "NO_PROXY",
+    "ALL_PROXY",
     "TRACKIO_DIR",
     "TENSORBOARD_LOGGING_DIR",
     "NETRC",
@@ -45,6 +61,15 @@ def all_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def without(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, package=None: None if name == missing else object())
+
+
+@pytest.fixture(autouse=True)
+def wandb_answers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The servers that were asked for; all of them answer. Which callback transformers takes is put back."""
+    asked: list[str] = []
+    monkeypatch.setattr(tracking, "answers", lambda server: asked.append(server) is None)
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "wandb", WandbCallback)
+    return asked
 
 
 def wandb_section(**fields: str) -> TrackingSection:
@@ -113,6 +138,87 @@ def test_the_user_has_the_last_word(tmp_path: Path, mode: str, key: str) -> None
 def test_nothing_is_set_for_a_tracker_that_is_not_named(tmp_path: Path) -> None:
     assert start_trackers(TrackingSection(), tmp_path) == []
     assert not set(NAMES) & set(os.environ)
+
+
+# ---- does the server answer? ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def connected(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Where a connection was tried; only to a host called `up` does it succeed."""
+    tried: list[tuple[str, int]] = []
+
+    def create_connection(place: tuple[str, int], timeout: float) -> nullcontext:
+        tried.append(place)
+        if place[0] != "up":
+            raise socket.gaierror(-2, "Name or service not known")
+        return nullcontext()
+
+    monkeypatch.setattr(socket, "create_connection", create_connection)
+    answers.cache_clear()
+    return tried
+
+
+@pytest.mark.parametrize(
+    ("server", "variables", "place", "up"),
+    [
+        ("https://up", {}, ("up", 443), True),
+        ("https://down", {}, ("down", 443), False),
+        ("http://up:8080/path", {}, ("up", 8080), True),
+        ("https://down", {"https_proxy": "http://up:3128"}, ("up", 3128), True),
+        ("https://down", {"https_proxy": "up:3128"}, ("up", 3128), True),
+        ("https://up", {"https_proxy": "http://down:3128"}, ("down", 3128), False),
+        ("https://up", {"https_proxy": "http://down:3128", "no_proxy": "up"}, ("up", 443), True),
+        ("https://up", {"http_proxy": "http://down:3128"}, ("up", 443), True),
+    ],
+)
+def test_the_server_or_the_proxy_before_it_is_asked(
+    connected: list, server: str, variables: dict, place: tuple[str, int], up: bool
+) -> None:
+    os.environ |= variables
+    assert answers(server) == up
+    assert answers(server) == up
+    assert connected == [place], "once"
+
+
+def test_without_an_answer_wandb_writes_offline_files(
+    connected: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tracking, "answers", answers)
+    os.environ["WANDB_API_KEY"] = KEY
+    for _ in range(2):  # each stage asks
+        os.environ.pop("WANDB_MODE", None)
+        start_trackers(wandb_section(), tmp_path)
+        assert os.environ["WANDB_MODE"] == "offline"
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == (
+        "wandb: api.wandb.ai cannot be reached ([Errno -2] Name or service not known); it writes offline files into "
+        "the run"
+    )
+
+
+def test_the_server_is_asked_only_if_that_decides(tmp_path: Path, wandb_answers: list[str]) -> None:
+    start_trackers(wandb_section(), tmp_path)
+    assert wandb_answers == [], "there is no key"
+    os.environ |= {"WANDB_API_KEY": KEY, "WANDB_MODE": "online"}
+    start_trackers(wandb_section(), tmp_path)
+    assert wandb_answers == [], "the user has decided"
+    del os.environ["WANDB_MODE"]
+    os.environ["WANDB_BASE_URL"] = "https://wandb.example.org"
+    start_trackers(wandb_section(), tmp_path)
+    assert wandb_answers == ["https://wandb.example.org"]
+
+
+def test_a_key_of_a_server_of_one_s_own(tmp_path: Path) -> None:
+    netrc_file(tmp_path, "wandb.example.org")
+    assert not has_wandb_key()
+    os.environ["WANDB_BASE_URL"] = "https://wandb.example.org"
+    assert has_wandb_key()
+
+
+def test_trainers_get_the_callback_that_does_not_end_the_run(tmp_path: Path) -> None:
+    assert get_reporting_integration_callbacks(["wandb"]) == [WandbCallback], "negative control"
+    assert get_reporting_integration_callbacks(start_trackers(wandb_section(), tmp_path)) == [SteadyWandb]
 
 
 # ---- when it is decided --------------------------------------------------------------------------------------------

@@ -1,13 +1,15 @@
-"""Verifiers that behave badly, for test_isolated.py, which imports them by dotted path from this folder.
+"""Verifiers that behave badly, for test_isolated.py and test_hostile.py: imported by dotted path from this folder.
 
 The solution names the behaviour, so that one worker can be led from a bad call straight to a good one.
 """
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 
@@ -55,12 +57,73 @@ def write_id(answer: str) -> float:
     return 1.0
 
 
+def hang_in_c(answer: str) -> float:
+    """Neither another thread nor a signal handler of this process gets a turn again."""
+    return float(sum(itertools.repeat(0)))
+
+
+HOLD = "import os, signal, sys; os.open(sys.argv[1], os.O_WRONLY); print(flush=True); signal.pause()"
+
+
+def leave_children(answer: str) -> float:
+    """Returns while a child, one in a session of its own and one whose parent is gone hold the FIFO `answer` open."""
+    command = [sys.executable, "-c", HOLD, answer]
+    for own_session in (False, True):
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=own_session)
+        assert child.stdout is not None
+        child.stdout.readline()
+    if os.fork() == 0:
+        orphan = subprocess.Popen(command, stdout=subprocess.PIPE, start_new_session=True)
+        assert orphan.stdout is not None
+        orphan.stdout.readline()
+        os._exit(0)
+    os.wait()
+    return 1.0
+
+
+def leave_children_and_hang(answer: str) -> float:
+    leave_children(answer)
+    return hang_in_c(answer)
+
+
+def write_everywhere(answer: str) -> float:
+    """`answer` on every descriptor there is, the pipe to the parent among them."""
+    for descriptor in range(3, 32):
+        with suppress(OSError):
+            os.write(descriptor, answer.encode())
+    return 1.0
+
+
+def write_for_ever(answer: str) -> float:
+    while True:
+        write_everywhere("x" * 1000)
+
+
+def allocate(answer: str) -> float:
+    return float(len(bytearray(int(answer))) > 0)
+
+
+def chaos(solution: str, answer: str) -> Any:
+    """One of several misdeeds, by the solution; half of the calls are answered."""
+    place = sum(solution.encode())
+    deeds = ("raise", "exit", "none", "nan", "huge", "list", "sys.exit", "shout")
+    return place % 4 == 0 if place % 2 == 0 else BEHAVIOURS[deeds[place // 2 % len(deeds)]](answer)
+
+
 BEHAVIOURS: dict[str, Callable[[str], Any]] = {
     "hang": hang,
     "fork and hang": fork_and_hang,
     "fork and return": fork_and_return,
     "flood": flood,
     "shout": shout,
+    "hang in C": hang_in_c,
+    "leave children": leave_children,
+    "leave children and hang": leave_children_and_hang,
+    "write everywhere": write_everywhere,
+    "write for ever": write_for_ever,
+    "allocate": allocate,
+    "huge": lambda answer: 10**400,
+    "list": lambda answer: [1.0, 1.0],
     "raise": lambda answer: 1 / 0,
     "write id": write_id,
     "exit": lambda answer: os._exit(3),
