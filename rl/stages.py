@@ -21,6 +21,7 @@ from siesta.rl.context import Context, main_process
 from siesta.rl.evaluate import print_states, print_table
 from siesta.rl.export import export_checkpoint
 from siesta.rl.generation import fixed_randomness
+from siesta.rl.launch import trainer_line
 from siesta.rl.models import lora_config, make_model, save_model
 from siesta.rl.modes import check_stage_ids
 from siesta.rl.origin import read_origin
@@ -211,7 +212,12 @@ def save_trained(context: Context, trainer: Trainer, stage: str) -> None:
 
 
 def watch(context: Context, trainer: Trainer, stage: str, columns: dict[str, str]) -> None:
-    """Screen line and metrics.jsonl for a trainer."""
+    """Screen line and metrics.jsonl for a trainer; says how it is sharded.
+
+    Raises:
+        LaunchError: Not as the launcher was asked to.
+    """
+    context.say(f"{stage}: {trainer_line(trainer)}")
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(MetricsFile(context.path / "metrics.jsonl", stage))
     trainer.add_callback(ScreenLine(stage, columns, context.say))

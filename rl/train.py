@@ -19,6 +19,7 @@ from siesta.data.loading import skipped_rows
 from siesta.rl.config import DeGRPOConfig, check_method
 from siesta.rl.console import quiet_libraries
 from siesta.rl.context import Context
+from siesta.rl.launch import world_line
 from siesta.rl.machine import check_engine, check_machine, memory_estimate
 from siesta.rl.memory import zero_stage
 from siesta.rl.models import lora_config, model_config
@@ -128,10 +129,11 @@ def run_recipe(recipe: Recipe) -> None:
 
     run = Run(recipe)
     context = Context(run, say)
+    say(world_line(rl_config(context)))
     preflight(recipe, context)
     run.check()
     run.prepare()
-    say(f"run directory {run.path}, {PartialState().num_processes} process(es) on {PartialState().device}")
+    say(f"run directory {run.path}")
     for name, stage in STAGES.items():
         say(f"== {name}")
         if not run.stage(name, lambda stage=stage: stage(context)):
