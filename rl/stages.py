@@ -21,6 +21,7 @@ from siesta.rl.context import Context, main_process
 from siesta.rl.evaluate import print_states, print_table
 from siesta.rl.export import export_checkpoint
 from siesta.rl.generation import fixed_randomness
+from siesta.rl.guards import GuardStop, SpikeGuard
 from siesta.rl.launch import trainer_line
 from siesta.rl.models import lora_config, make_model, save_model
 from siesta.rl.modes import check_stage_ids
@@ -45,10 +46,6 @@ from siesta.rl.warmup_trainer import SortedWarmupTrainer, WarmupTrainer
 CHECKED_PROMPTS = 64
 
 
-class GuardStop(Exception):
-    """The collapse guard ended the run."""
-
-
 def trainer_settings(context: Context, stage: str, fields: dict) -> dict:
     """Settings that both trainers get, unless the recipe says otherwise."""
     settings = {
@@ -60,6 +57,7 @@ def trainer_settings(context: Context, stage: str, fields: dict) -> dict:
         "bf16": mixed_by_default(),
         "dataloader_pin_memory": default_device() == "cuda",
         "logging_nan_inf_filter": False,
+        "restore_callback_states_from_checkpoint": True,
     }
     return settings | fields
 
@@ -168,6 +166,7 @@ def warmup_trainer(context: Context, validation) -> SFTTrainer:
         quantization_config=quantization_config(recipe.model),
         peft_config=lora_config(recipe.model.lora, train_embeddings=True),
     )
+    trainer.max_skipped_steps = recipe.rl.setting("max_skipped_steps")
     line = trainer.pack_if_possible(recipe.rl.setting("attention"), compiled=recipe.rl.setting("compile_layers"))
     if line is not None:
         context.say(f"warm-up: {line}")
@@ -212,7 +211,7 @@ def save_trained(context: Context, trainer: Trainer, stage: str) -> None:
 
 
 def watch(context: Context, trainer: Trainer, stage: str, columns: dict[str, str]) -> None:
-    """Screen line and metrics.jsonl for a trainer; says how it is sharded.
+    """Screen line, metrics.jsonl and spikes for a trainer; says how it is sharded.
 
     Raises:
         LaunchError: Not as the launcher was asked to.
@@ -221,6 +220,7 @@ def watch(context: Context, trainer: Trainer, stage: str, columns: dict[str, str
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(MetricsFile(context.path / "metrics.jsonl", stage))
     trainer.add_callback(ScreenLine(stage, columns, context.say))
+    trainer.add_callback(SpikeGuard())
 
 
 def rl_dataset(context: Context) -> Dataset:

@@ -3,7 +3,7 @@
     accelerate launch --config_file recipes/accelerate/cpu.yaml -m siesta.rl.train recipes/quickstart.yaml
     siesta train quickstart rl.tau=0.3 tracking.run=warmer --dry-run
 
-Exit code 2: the input cannot be used, one line says why. 3: the collapse guard ended the run.
+Exit code 2: the input cannot be used, one line says why. 3: a guard ended the run.
 """
 
 import argparse
@@ -19,6 +19,7 @@ from siesta.data.loading import skipped_rows
 from siesta.rl.config import DeGRPOConfig, check_method
 from siesta.rl.console import quiet_libraries
 from siesta.rl.context import Context
+from siesta.rl.guards import GuardStop
 from siesta.rl.launch import world_line
 from siesta.rl.machine import check_engine, check_machine, memory_estimate
 from siesta.rl.memory import zero_stage
@@ -30,7 +31,7 @@ from siesta.rl.recipe import Recipe, dump_recipe, load_recipe
 from siesta.rl.run import Run
 from siesta.rl.sleep.context_trainer import check_batch
 from siesta.rl.sleep.state_trainer import check_states
-from siesta.rl.stages import STAGES, GuardStop, rl_config, show_evaluation, warmup_config
+from siesta.rl.stages import STAGES, rl_config, show_evaluation, warmup_config
 
 
 def preflight(recipe: Recipe, context: Context) -> None:
