@@ -31,6 +31,7 @@ from siesta.rl.precision import default_device, mixed_by_default
 from siesta.rl.quantize import quantization_config
 from siesta.rl.report import write_report
 from siesta.rl.run import write_atomically
+from siesta.rl.signals import StopOnSignal
 from siesta.rl.sleep.factory import build_consolidator
 from siesta.rl.sleep.state_trainer import StateTrainer
 from siesta.rl.sleep.state_warmup import StateWarmupTrainer, with_contexts
@@ -211,7 +212,7 @@ def save_trained(context: Context, trainer: Trainer, stage: str) -> None:
 
 
 def watch(context: Context, trainer: Trainer, stage: str, columns: dict[str, str]) -> None:
-    """Screen line, metrics.jsonl and spikes for a trainer; says how it is sharded.
+    """Screen line, metrics.jsonl, signals and spikes for a trainer; says how it is sharded.
 
     Raises:
         LaunchError: Not as the launcher was asked to.
@@ -221,6 +222,7 @@ def watch(context: Context, trainer: Trainer, stage: str, columns: dict[str, str
     trainer.add_callback(MetricsFile(context.path / "metrics.jsonl", stage))
     trainer.add_callback(ScreenLine(stage, columns, context.say))
     trainer.add_callback(SpikeGuard())
+    trainer.add_callback(StopOnSignal(context.stop))
 
 
 def rl_dataset(context: Context) -> Dataset:

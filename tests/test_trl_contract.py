@@ -60,6 +60,14 @@ def test_the_gradient_norm_is_asked_for_before_every_optimizer_step():
     assert source.index("self._get_grad_norm(") < source.index("self.optimizer.step()")
 
 
+def test_a_callback_may_stop_and_save_at_the_end_of_a_step():
+    """`StopOnSignal`: the checkpoint is written after `on_step_end`, and `on_train_end` comes after that."""
+    source = inspect.getsource(Trainer._run_epoch)
+    assert source.index(".on_step_end(") < source.index("self._maybe_log_save_evaluate(")
+    assert source.index("self._maybe_log_save_evaluate(") < source.index("self.control.should_training_stop")
+    assert ".on_train_end(" in inspect.getsource(Trainer._finalize_training)
+
+
 def test_log_probabilities_are_asked_for_as_we_answer():
     parameters = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
     assert parameters[1:6] == ["model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"]
