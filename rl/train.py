@@ -137,10 +137,11 @@ def run_recipe(recipe: Recipe) -> None:
     run = Run(recipe)
     context = Context(run, say)
     with context.stop.handled():
-        say(world_line(rl_config(context)))
+        launch = world_line(rl_config(context))
         preflight(recipe, context)
         run.check()
         run.prepare()
+        say(launch)
         say(f"run directory {run.path}")
         for name, stage in STAGES.items():
             say(f"== {name}")
