@@ -15,3 +15,7 @@ class RecipeError(UserError):
 
 class ModelError(UserError):
     """A model, tokenizer or chat template that cannot be used."""
+
+
+class LaunchError(UserError):
+    """The processes are not what the launcher was asked for."""

@@ -106,6 +106,10 @@ class DeGRPOConfig(GRPOConfig):
     profile: bool = field(
         default=False, metadata={"help": "Write a torch profiler trace of two steps to <run>/rl/profile."}
     )
+    max_skipped_steps: int = field(
+        default=5,
+        metadata={"help": "Optimizer steps in a row that may be skipped because a number is not finite."},
+    )
     compile_layers: bool = field(
         default=True, metadata={"help": "torch.compile the layers for packed rows. Not under ZeRO-3."}
     )
@@ -168,6 +172,10 @@ def check_one_mode(config: DeGRPOConfig) -> None:
             raise RecipeError(
                 f"rl.{name}: {getattr(config, name)} needs two modes and the recipe has one; set {name}: {value}"
             )
+
+
+# The lowest value of a setting that is a count or a weight.
+LEAST = {"verifier_workers": 1, "max_skipped_steps": 1, "value_shrinkage": 0, "mass_weight": 0, "price_per_token": 0}
 
 
 def check_hacks(config: DeGRPOConfig) -> None:
@@ -236,8 +244,6 @@ def check_method(config: DeGRPOConfig, num_modes: int) -> None:
         value = getattr(config, name)
         if value is not None and not value > 0:
             raise RecipeError(f"rl.{name}: {value} must be positive")
-    if config.verifier_workers < 1:
-        raise RecipeError(f"rl.verifier_workers: {config.verifier_workers} must be at least 1")
-    for name in ("value_shrinkage", "mass_weight", "price_per_token"):
-        if not getattr(config, name) >= 0:
-            raise RecipeError(f"rl.{name}: {getattr(config, name)} must be 0 or more")
+    for name, bound in LEAST.items():
+        if not getattr(config, name) >= bound:
+            raise RecipeError(f"rl.{name}: {getattr(config, name)} must be {bound} or more")

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +27,7 @@ from siesta.rl.policies import Measurement
 from siesta.rl.precision import default_device, mixed_dtype, training_autocast
 from siesta.rl.recipe import Recipe
 from siesta.rl.run import Run
+from siesta.rl.signals import StopRequest
 from siesta.rl.sleep.factory import build_way, load_whole
 from siesta.rl.sleep.gist import add_slot_tokens
 from siesta.rl.sleep.notes import NotesSleep
@@ -42,10 +43,11 @@ from siesta.rl.warmup import teachable
 
 @dataclass
 class Context:
-    """One run in progress. `say` prints a line on the main process."""
+    """One run in progress. `say` prints a line on the main process; `stop` is what a signal asks for."""
 
     run: Run
     say: Callable[[str], None]
+    stop: StopRequest = field(default_factory=StopRequest)
 
     @property
     def recipe(self) -> Recipe:

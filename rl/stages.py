@@ -21,6 +21,8 @@ from siesta.rl.context import Context, main_process
 from siesta.rl.evaluate import print_states, print_table
 from siesta.rl.export import export_checkpoint
 from siesta.rl.generation import fixed_randomness
+from siesta.rl.guards import GuardStop, SpikeGuard
+from siesta.rl.launch import trainer_line
 from siesta.rl.models import lora_config, make_model, save_model
 from siesta.rl.modes import check_stage_ids
 from siesta.rl.origin import read_origin
@@ -29,6 +31,7 @@ from siesta.rl.precision import default_device, mixed_by_default
 from siesta.rl.quantize import quantization_config
 from siesta.rl.report import write_report
 from siesta.rl.run import write_atomically
+from siesta.rl.signals import StopOnSignal
 from siesta.rl.sleep.factory import build_consolidator
 from siesta.rl.sleep.state_trainer import StateTrainer
 from siesta.rl.sleep.state_warmup import StateWarmupTrainer, with_contexts
@@ -44,10 +47,6 @@ from siesta.rl.warmup_trainer import SortedWarmupTrainer, WarmupTrainer
 CHECKED_PROMPTS = 64
 
 
-class GuardStop(Exception):
-    """The collapse guard ended the run."""
-
-
 def trainer_settings(context: Context, stage: str, fields: dict) -> dict:
     """Settings that both trainers get, unless the recipe says otherwise."""
     settings = {
@@ -59,6 +58,7 @@ def trainer_settings(context: Context, stage: str, fields: dict) -> dict:
         "bf16": mixed_by_default(),
         "dataloader_pin_memory": default_device() == "cuda",
         "logging_nan_inf_filter": False,
+        "restore_callback_states_from_checkpoint": True,
     }
     return settings | fields
 
@@ -167,6 +167,7 @@ def warmup_trainer(context: Context, validation) -> SFTTrainer:
         quantization_config=quantization_config(recipe.model),
         peft_config=lora_config(recipe.model.lora, train_embeddings=True),
     )
+    trainer.max_skipped_steps = recipe.rl.setting("max_skipped_steps")
     line = trainer.pack_if_possible(recipe.rl.setting("attention"), compiled=recipe.rl.setting("compile_layers"))
     if line is not None:
         context.say(f"warm-up: {line}")
@@ -211,10 +212,17 @@ def save_trained(context: Context, trainer: Trainer, stage: str) -> None:
 
 
 def watch(context: Context, trainer: Trainer, stage: str, columns: dict[str, str]) -> None:
-    """Screen line and metrics.jsonl for a trainer."""
+    """Screen line, metrics.jsonl, signals and spikes for a trainer; says how it is sharded.
+
+    Raises:
+        LaunchError: Not as the launcher was asked to.
+    """
+    context.say(f"{stage}: {trainer_line(trainer)}")
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(MetricsFile(context.path / "metrics.jsonl", stage))
     trainer.add_callback(ScreenLine(stage, columns, context.say))
+    trainer.add_callback(SpikeGuard())
+    trainer.add_callback(StopOnSignal(context.stop))
 
 
 def rl_dataset(context: Context) -> Dataset:

@@ -3,7 +3,8 @@
     accelerate launch --config_file recipes/accelerate/cpu.yaml -m siesta.rl.train recipes/quickstart.yaml
     siesta train quickstart rl.tau=0.3 tracking.run=warmer --dry-run
 
-Exit code 2: the input cannot be used, one line says why. 3: the collapse guard ended the run.
+Exit code 2: the input cannot be used, one line says why. 3: a guard ended the run. 143, 130: SIGTERM, SIGINT did, and
+the same command goes on.
 """
 
 import argparse
@@ -19,6 +20,8 @@ from siesta.data.loading import skipped_rows
 from siesta.rl.config import DeGRPOConfig, check_method
 from siesta.rl.console import quiet_libraries
 from siesta.rl.context import Context
+from siesta.rl.guards import GuardStop
+from siesta.rl.launch import world_line
 from siesta.rl.machine import check_engine, check_machine, memory_estimate
 from siesta.rl.memory import zero_stage
 from siesta.rl.models import lora_config, model_config
@@ -27,9 +30,10 @@ from siesta.rl.precision import lost_updates
 from siesta.rl.quantize import quantization_config
 from siesta.rl.recipe import Recipe, dump_recipe, load_recipe
 from siesta.rl.run import Run
+from siesta.rl.signals import SignalStop
 from siesta.rl.sleep.context_trainer import check_batch
 from siesta.rl.sleep.state_trainer import check_states
-from siesta.rl.stages import STAGES, GuardStop, rl_config, show_evaluation, warmup_config
+from siesta.rl.stages import STAGES, rl_config, show_evaluation, warmup_config
 
 
 def preflight(recipe: Recipe, context: Context) -> None:
@@ -119,7 +123,11 @@ def check_model(recipe: Recipe, context: Context) -> None:
 
 
 def run_recipe(recipe: Recipe) -> None:
-    """Do every stage that is not finished."""
+    """Do every stage that is not finished.
+
+    Raises:
+        SignalStop: A signal ended it.
+    """
     console = Console(soft_wrap=True, highlight=False)
 
     def say(line: str) -> None:
@@ -128,17 +136,20 @@ def run_recipe(recipe: Recipe) -> None:
 
     run = Run(recipe)
     context = Context(run, say)
-    preflight(recipe, context)
-    run.check()
-    run.prepare()
-    say(f"run directory {run.path}, {PartialState().num_processes} process(es) on {PartialState().device}")
-    for name, stage in STAGES.items():
-        say(f"== {name}")
-        if not run.stage(name, lambda stage=stage: stage(context)):
-            say("finished before, skipped")
-            if name == "evaluate":
-                show_evaluation(context)
-    say(f"done: {run.path}/report.md, {run.path}/export")
+    with context.stop.handled():
+        launch = world_line(rl_config(context))
+        preflight(recipe, context)
+        run.check()
+        run.prepare()
+        say(launch)
+        say(f"run directory {run.path}")
+        for name, stage in STAGES.items():
+            say(f"== {name}")
+            if not run.stage(name, lambda stage=stage: stage(context)):
+                say("finished before, skipped")
+                if name == "evaluate":
+                    show_evaluation(context)
+        say(f"done: {run.path}/report.md, {run.path}/export")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -164,6 +175,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except GuardStop as stop:
         print(f"siesta: stopped: {stop}", file=sys.stderr)
         return 3
+    except SignalStop as stop:
+        print(f"siesta: {stop}", file=sys.stderr)
+        return stop.exit_code
     return 0
 
 

@@ -9,6 +9,8 @@ What is overridden, and why (tests/test_trl_contract.py holds TRL to it):
 - `_compute_loss`: the sum of `rl/loss.py`, in as many passes as the token budget asks for.
 - `training_step`, `_calculate_rewards`, `_save_checkpoint`: timed, nothing else.
 - `log`: means are taken without dropping NaN.
+
+`FiniteSteps` adds that a step which is not finite is skipped.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,6 +27,7 @@ from siesta.rl.advantages import Credit, Rollouts, assign_credit, control_factor
 from siesta.rl.config import DeGRPOConfig, check_method
 from siesta.rl.engines import caps_per_mode, check_logp_gap
 from siesta.rl.generation import Writer, inference, mode_policy, replaced, respond, sampling_config
+from siesta.rl.guards import FiniteSteps
 from siesta.rl.judge import Judge, RewardFunction
 from siesta.rl.loss import kl_loss, mass_loss, mode_target_loss, policy_loss, token_ratio
 from siesta.rl.metrics import hack_metrics, rollout_metrics
@@ -36,7 +39,7 @@ from siesta.rl.spread import Batch, sequence_lengths
 from siesta.rl.timing import OptimizerPhase, Phases
 
 
-class DeGRPOTrainer(GRPOTrainer):
+class DeGRPOTrainer(FiniteSteps, GRPOTrainer):
     """Decoupled GRPO with mode targets.
 
     Args:
@@ -57,12 +60,13 @@ class DeGRPOTrainer(GRPOTrainer):
             model=model, reward_funcs=[self.reward_function], args=args, processing_class=judge.tokenizer, **kwargs
         )
         self.method = args
+        self.max_skipped_steps = args.max_skipped_steps
         self.group = args.group
         models = [model for model in (self.model, self.ref_model) if model is not None]
         self.passes = self._make_passes(cast(list[torch.nn.Module], models))
         self.phases = Phases(self.accelerator.device)
         self.add_callback(OptimizerPhase(self.phases))
-        self._logged_step = 0
+        self._logged_step = self._bad_rewards = 0
 
     def _make_passes(self, models: Sequence[torch.nn.Module]) -> Passes:
         """What runs the passes of the trained model and, if there is one, of the reference model."""
@@ -198,6 +202,8 @@ class DeGRPOTrainer(GRPOTrainer):
         given = assign_credit(rollouts, self.method, prior=[mode.prior for mode in self.modes], tau=self._tau())
         first = self.accelerator.process_index * len(inputs)
         self._add_weights(batch, rollouts, given, slice(first, first + len(inputs)))
+        # A NaN from the mode table or a price, not that of a verifier that failed: then there is no score.
+        self._bad_rewards = int((~rollouts.rewards.isfinite() & ~rollouts.scores.isnan()).sum())
         numbers = rollout_metrics(self.modes.names, rollouts, given)
         numbers |= hack_metrics(self.modes.names, rollouts.modes, self._gathered(self.reward_function.flags))
         for name, value in numbers.items():
@@ -277,11 +283,14 @@ class DeGRPOTrainer(GRPOTrainer):
             return loss * self.accelerator.num_processes
 
         loss = self.passes.accumulate(model, inputs, loss_of)
-        self._log_loss(torch.stack(sums).sum(0))
-        return loss
+        *logged, faulty = cast(torch.Tensor, self.accelerator.reduce(torch.stack(sums).sum(0), "sum")).tolist()
+        self._log_loss(logged)
+        return self.with_faults(loss, {"reward": self._bad_rewards, "log-probability": int(faulty)})
 
     def _pass_loss(self, scores: TokenScores, inputs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss of some rollouts, and the sums that `_log_loss` takes."""
+        """Loss of some rollouts, the sums that `_log_loss` takes, and of how many tokens the new or the old
+        log-probability is not finite.
+        """
         new, weights = scores.per_token_logps, inputs["weights"]
         old = inputs.get("old_per_token_logps")
         old = new.detach() if old is None else old
@@ -305,11 +314,12 @@ class DeGRPOTrainer(GRPOTrainer):
             low = (ratio < 1 - self.epsilon_low) & (advantages < 0)
             high = (ratio > 1 + self.epsilon_high) & (advantages > 0)
             logged = [mask.sum(), *((x * mask).sum() for x in (entropies, low, high)), kl.detach()]
+            logged.append((~(new + old).isfinite() & inputs["completion_mask"].bool()).sum())
             return loss, torch.stack([x.float() for x in logged])
 
-    def _log_loss(self, sums: torch.Tensor) -> None:
-        """Entropy and clip ratios over response tokens of all ranks, and the KL term."""
-        count, *totals, divergence = cast(torch.Tensor, self.accelerator.reduce(sums, reduction="sum")).tolist()
+    def _log_loss(self, sums: list[float]) -> None:
+        """Entropy and clip ratios over response tokens, and the KL term, from sums over all ranks."""
+        count, *totals, divergence = sums
         metrics = self._current_metrics
         for name, total in zip(("entropy", "clip_ratio/low", "clip_ratio/high"), totals, strict=True):
             metrics[name].append(total / max(count, 1.0))

@@ -14,14 +14,15 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTTrainer
 
 from siesta.rl.attention import Backend, choose_backend, packed_row
+from siesta.rl.guards import FiniteSteps
 from siesta.rl.machine import compute_dtype
 from siesta.rl.packing import lay_out
 from siesta.rl.passes import layers_of, without_adapters
 from siesta.rl.warmup import IGNORED
 
 
-class WarmupTrainer(SFTTrainer):
-    """SFTTrainer whose loss is computed on one row without padding; the loss is the same."""
+class WarmupTrainer(FiniteSteps, SFTTrainer):
+    """SFTTrainer whose loss is computed on one row without padding; the loss is the same. Steps are finite."""
 
     backend: Backend | None = None
 

@@ -8,12 +8,14 @@ from typing import Any, cast
 
 import pytest
 import torch
+from transformers import Trainer
 from transformers.integrations.integration_utils import WandbCallback
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.grpo_trainer import shuffle_sequence_dict, split_tensor_dict
 from trl.trainer.utils import RepeatSampler
 
 from siesta.rl.config import REFUSED
+from siesta.rl.guards import FiniteSteps
 from siesta.rl.sleep.context_trainer import ContextTrainer
 from siesta.rl.trainer import DeGRPOTrainer
 
@@ -47,6 +49,24 @@ def test_sleep_overrides_the_order_of_rows():
     order = list(RepeatSampler(cast(Any, range(5)), mini_repeat_count=1, batch_size=2, repeat_count=2, seed=0))
     for start in range(0, len(order), 4):
         assert order[start : start + 2] == order[start + 2 : start + 4], "a batch is repeated as a whole"
+
+
+def test_the_gradient_norm_is_asked_for_before_every_optimizer_step():
+    """`FiniteSteps._get_grad_norm` drops the gradients there; a step that finds none moves no weight."""
+    assert list(inspect.signature(Trainer._get_grad_norm).parameters)[1:] == ["model", "grad_norm"]
+    assert "_get_grad_norm" in vars(FiniteSteps)
+    assert GRPOTrainer._get_grad_norm is Trainer._get_grad_norm
+    source = inspect.getsource(Trainer._run_epoch)
+    assert source.count("self._get_grad_norm(") == source.count("self.optimizer.step()") == 1
+    assert source.index("self._get_grad_norm(") < source.index("self.optimizer.step()")
+
+
+def test_a_callback_may_stop_and_save_at_the_end_of_a_step():
+    """`StopOnSignal`: the checkpoint is written after `on_step_end`, and `on_train_end` comes after that."""
+    source = inspect.getsource(Trainer._run_epoch)
+    assert source.index(".on_step_end(") < source.index("self._maybe_log_save_evaluate(")
+    assert source.index("self._maybe_log_save_evaluate(") < source.index("self.control.should_training_stop")
+    assert ".on_train_end(" in inspect.getsource(Trainer._finalize_training)
 
 
 def test_log_probabilities_are_asked_for_as_we_answer():
