@@ -15,3 +15,7 @@ class RecipeError(UserError):
 
 class ModelError(UserError):
     """A model, tokenizer or chat template that cannot be used."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be resumed from, or one that cannot be written."""

@@ -8,11 +8,13 @@ from typing import Any, cast
 
 import pytest
 import torch
-from trl import GRPOConfig, GRPOTrainer
+from transformers import Trainer
+from trl import GRPOConfig, GRPOTrainer, SFTTrainer
 from trl.trainer.grpo_trainer import shuffle_sequence_dict, split_tensor_dict
 from trl.trainer.utils import RepeatSampler
 
 from siesta.rl.config import REFUSED
+from siesta.rl.resumable import ResumableTrainer
 from siesta.rl.sleep.context_trainer import ContextTrainer
 from siesta.rl.trainer import DeGRPOTrainer
 
@@ -25,6 +27,7 @@ SEAMS = {
     "_save_checkpoint": ["model", "trial"],
     "_compute_loss": ["model", "inputs"],
     "log": ["logs", "start_time"],
+    "_get_train_sampler": ["dataset"],
 }
 
 
@@ -46,6 +49,56 @@ def test_sleep_overrides_the_order_of_rows():
     order = list(RepeatSampler(cast(Any, range(5)), mini_repeat_count=1, batch_size=2, repeat_count=2, seed=0))
     for start in range(0, len(order), 4):
         assert order[start : start + 2] == order[start + 2 : start + 4], "a batch is repeated as a whole"
+
+
+CHECKPOINT_SEAMS = {
+    "_save_checkpoint": ["model", "trial"],
+    "_get_output_dir": ["trial"],
+    "_save_rng_state": ["output_dir"],
+    "_load_rng_state": ["checkpoint"],
+    "_prepare_for_training": ["max_steps", "train_dataloader", "resume_from_checkpoint"],
+}
+
+
+@pytest.mark.parametrize("seam", CHECKPOINT_SEAMS)
+def test_checkpoints_override_methods_that_keep_their_parameters(seam):
+    parameters = list(inspect.signature(getattr(Trainer, seam)).parameters)[1:]
+    assert parameters == CHECKPOINT_SEAMS[seam], f"ResumableTrainer.{seam} overrides a method that has changed"
+    assert seam in vars(ResumableTrainer)
+
+
+def test_everything_of_a_checkpoint_goes_where_the_seam_says_and_generators_last():
+    source = inspect.getsource(Trainer._save_checkpoint)
+    assert source.count("self._get_output_dir(trial=trial)") == 1
+    places = ["self.save_model(output_dir", "_save_optimizer_and_scheduler(output_dir", "_save_rng_state(output_dir"]
+    found = [source.index(text) for text in [*places, "TRAINER_STATE_NAME", "output_dir=run_dir"]]
+    assert found == sorted(found)
+
+
+def test_what_is_taken_up_again_is_kept_where_it_was():
+    source = inspect.getsource(Trainer._inner_training_loop)
+    begins = source.index("callback_handler.on_train_begin")
+    for name in ("self._tr_loss = torch.tensor(0.0", "self._globalstep_last_logged = self.state.global_step"):
+        assert source.index(name) < begins, name
+    epoch = inspect.getsource(Trainer._run_epoch)
+    assert epoch.count("self._load_rng_state(resume_from_checkpoint)") == 2
+    assert epoch.rindex("self._load_rng_state(resume_from_checkpoint)") < epoch.index("self.training_step(")
+    for kind, name in ((GRPOTrainer, "_step"), (GRPOTrainer, "_buffered_inputs"), (SFTTrainer, "_total_train_tokens")):
+        assert f"self.{name} = " in inspect.getsource(kind.__init__)
+        assert 'self._metrics = {"train": defaultdict(list)' in inspect.getsource(kind.__init__)
+
+
+def test_transformers_loads_nothing_but_data():
+    for name in ("_load_rng_state", "_load_optimizer_and_scheduler", "_load_scaler", "_load_from_checkpoint"):
+        source = inspect.getsource(getattr(Trainer, name))
+        assert source.count("torch.load(") == source.count("weights_only=True") > 0, name
+
+
+def test_an_order_of_rows_can_be_drawn_again():
+    order = RepeatSampler(cast(Any, range(5)), mini_repeat_count=1, seed=7)
+    assert (order.shuffle, order.seed, order.num_samples) == (True, 7, 5)
+    assert order.generator.initial_seed() == 7
+    assert inspect.getsource(RepeatSampler.__iter__).count("torch.randperm(") == 1
 
 
 def test_log_probabilities_are_asked_for_as_we_answer():
