@@ -226,8 +226,7 @@ class ResumableTrainer(Trainer):
     def _load_rng_state(self, checkpoint):
         super()._load_rng_state(checkpoint)
         if checkpoint is not None:
-            file = self._progress_file(checkpoint)
-            self._go_on(torch.load(file, map_location=self.args.device, weights_only=True))
+            self._go_on(torch.load(self._progress_file(checkpoint), map_location="cpu", weights_only=True))
 
     def _progress(self) -> dict[str, Any]:
         """What this rank has to remember, as plain containers and tensors."""
@@ -239,10 +238,10 @@ class ResumableTrainer(Trainer):
         }
 
     def _go_on(self, progress: dict[str, Any]) -> None:
-        """Take up what `_progress` has given, in front of the first step."""
+        """Take up what `_progress` has given, its tensors on the CPU, in front of the first step."""
         for callback in self._stateful():
             callback.load_state_dict(progress["callbacks"][type(callback).__name__])
-        self._tr_loss += progress["loss"]
+        self._tr_loss += progress["loss"].to(self.args.device)
         self._globalstep_last_logged = progress["logged_step"]
         cast(Any, self)._metrics["train"].update(progress["metrics"])
 

@@ -273,7 +273,11 @@ class DeGRPOTrainer(ResumableTrainer, GRPOTrainer):
 
     def _go_on(self, progress):
         super()._go_on(progress)
-        self._step, self._buffered_inputs = progress["step"], progress["rollouts"]
+        rollouts, device = progress["rollouts"], self.accelerator.device
+        self._buffered_inputs = rollouts and [
+            {key: value.to(device) for key, value in rows.items()} for rows in rollouts
+        ]
+        self._step = progress["step"]
         self._logged_step, self.passes.flops = progress["means_step"], progress["flops"]
         self.phases.seconds.update(progress["seconds"])
         self.phases.tokens.update(progress["tokens"])
