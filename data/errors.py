@@ -19,3 +19,7 @@ class ModelError(UserError):
 
 class LaunchError(UserError):
     """The processes are not what the launcher was asked for."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be resumed from, or one that cannot be written."""

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from siesta.rl.recipe import GuardSection
+from siesta.rl.resumable import StatefulCallback
 from siesta.rl.run import write_atomically
 from siesta.rl.tracking import attempt
 from siesta.rl.trainer import DeGRPOTrainer
@@ -104,7 +105,7 @@ class Validation(TrainerCallback):
             control.should_log = True
 
 
-class CollapseGuard(TrainerCallback):
+class CollapseGuard(StatefulCallback):
     """Warns, saves and, if the recipe says so, stops when the mode policy has collapsed for a whole window of logs.
 
     Collapsed means: the mean probability of a mode lies outside [min_share, max_share], or the entropy of the mean
@@ -118,6 +119,19 @@ class CollapseGuard(TrainerCallback):
         self.faults: deque[str | None] = deque(maxlen=section.window)
         self.fired_at: int | None = None
         self.reason = ""
+
+    def state_dict(self) -> dict:
+        """The faults of the last logs, and whether it has fired."""
+        return {"faults": list(self.faults), "fired_at": self.fired_at, "reason": self.reason}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.faults = deque(state["faults"], maxlen=self.section.window)
+        self.fired_at, self.reason = state["fired_at"], state["reason"]
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """A training that it has stopped stays stopped when the run is started again."""
+        if self.fired_at is not None and self.section.action == "stop":
+            control.should_training_stop = True
 
     def fault(self, logs: dict[str, float]) -> str | None:
         """What is wrong with one log, or None; a mode that is the only one cannot be lost."""
@@ -147,7 +161,7 @@ class CollapseGuard(TrainerCallback):
                 control.should_training_stop = True
 
 
-class HackAlarm(TrainerCallback):
+class HackAlarm(StatefulCallback):
     """Says loudly that many rollouts of a mode raise a flag of `siesta.rewards.hacking`, once each time their share
     comes to the threshold. Whether a price follows is for the recipe; here somebody is told to read samples.jsonl.
     """
@@ -155,6 +169,13 @@ class HackAlarm(TrainerCallback):
     def __init__(self, threshold: float, prices: Mapping[str, float]):
         self.threshold, self.prices = threshold, prices
         self.raised: set[str] = set()
+
+    def state_dict(self) -> dict:
+        """What it has told already."""
+        return {"raised": sorted(self.raised)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.raised = set(state["raised"])
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         for key, share in (logs or {}).items():

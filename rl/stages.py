@@ -7,7 +7,6 @@ from typing import Any, cast
 
 from datasets import Dataset
 from transformers import PrinterCallback, Trainer
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 from trl.models.utils import unwrap_model_for_generation
 
@@ -30,6 +29,7 @@ from siesta.rl.policies import Measurement
 from siesta.rl.precision import default_device, mixed_by_default
 from siesta.rl.quantize import quantization_config
 from siesta.rl.report import write_report
+from siesta.rl.resumable import train_on
 from siesta.rl.run import write_atomically
 from siesta.rl.signals import StopOnSignal
 from siesta.rl.sleep.factory import build_consolidator
@@ -195,9 +195,8 @@ def check_first_batch(context: Context, trainer: SFTTrainer) -> None:
 
 
 def train(context: Context, trainer: Trainer, stage: str) -> None:
-    """Train, from the stage's last checkpoint if there is one."""
-    folder = context.path / stage
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) if folder.is_dir() else None)
+    """Train, from the stage's newest intact checkpoint if there is one."""
+    train_on(trainer, context.path / stage, context.say)
 
 
 def save_trained(context: Context, trainer: Trainer, stage: str) -> None:

@@ -9,8 +9,9 @@ What is overridden, and why (tests/test_trl_contract.py holds TRL to it):
 - `_compute_loss`: the sum of `rl/loss.py`, in as many passes as the token budget asks for.
 - `training_step`, `_calculate_rewards`, `_save_checkpoint`: timed, nothing else.
 - `log`: means are taken without dropping NaN.
+- `_get_train_sampler`: an epoch's order depends on its number alone, so that a resumed run has it too.
 
-`FiniteSteps` adds that a step which is not finite is skipped.
+`FiniteSteps` adds that a step which is not finite is skipped; checkpoints are those of `siesta.rl.resumable`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ import torch
 from transformers import GenerationConfig
 from trl import GRPOTrainer
 from trl.models.utils import unwrap_model_for_generation
+from trl.trainer.utils import RepeatSampler
 
 from siesta.data.prompts import pad_id
 from siesta.rl.advantages import Credit, Rollouts, assign_credit, control_factors, kl_weights, token_weights
@@ -33,13 +35,14 @@ from siesta.rl.loss import kl_loss, mass_loss, mode_target_loss, policy_loss, to
 from siesta.rl.metrics import hack_metrics, rollout_metrics
 from siesta.rl.modes import Mode, Modes
 from siesta.rl.passes import Passes, without_prompts
+from siesta.rl.resumable import EpochOrder, ResumableTrainer
 from siesta.rl.rollout import ModePlan, annealed_floor, draw_modes
 from siesta.rl.scoring import TokenScores
 from siesta.rl.spread import Batch, sequence_lengths
 from siesta.rl.timing import OptimizerPhase, Phases
 
 
-class DeGRPOTrainer(FiniteSteps, GRPOTrainer):
+class DeGRPOTrainer(FiniteSteps, ResumableTrainer, GRPOTrainer):
     """Decoupled GRPO with mode targets.
 
     Args:
@@ -258,6 +261,30 @@ class DeGRPOTrainer(FiniteSteps, GRPOTrainer):
     def _save_checkpoint(self, model, trial):
         with self.phases("save"):
             super()._save_checkpoint(model, trial)
+
+    def _get_train_sampler(self, dataset=None):
+        order = cast(RepeatSampler, super()._get_train_sampler(dataset))
+        return EpochOrder(order, order, self._epoch)
+
+    def _progress(self):
+        """Of rollouts that are trained on more than once or over several steps, those in use as well."""
+        used_up = self._step % (cast(int, self.method.steps_per_generation) * self.num_iterations) == 0
+        rollouts = (
+            None if used_up else [{k: v.clone() for k, v in rows.items()} for rows in self._buffered_inputs or []]
+        )
+        own = {"step": self._step, "rollouts": rollouts, "means_step": self._logged_step, "flops": self.passes.flops}
+        return super()._progress() | own | {"seconds": dict(self.phases.seconds), "tokens": dict(self.phases.tokens)}
+
+    def _go_on(self, progress):
+        super()._go_on(progress)
+        rollouts, device = progress["rollouts"], self.accelerator.device
+        self._buffered_inputs = rollouts and [
+            {key: value.to(device) for key, value in rows.items()} for rows in rollouts
+        ]
+        self._step = progress["step"]
+        self._logged_step, self.passes.flops = progress["means_step"], progress["flops"]
+        self.phases.seconds.update(progress["seconds"])
+        self.phases.tokens.update(progress["tokens"])
 
     def _prepare_inputs(self, generation_batch):
         """The micro-batch at hand; a new generation batch is dealt out by tokens when the last one is used up."""

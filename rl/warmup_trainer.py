@@ -18,10 +18,11 @@ from siesta.rl.guards import FiniteSteps
 from siesta.rl.machine import compute_dtype
 from siesta.rl.packing import lay_out
 from siesta.rl.passes import layers_of, without_adapters
+from siesta.rl.resumable import ResumableTrainer
 from siesta.rl.warmup import IGNORED
 
 
-class WarmupTrainer(FiniteSteps, SFTTrainer):
+class WarmupTrainer(FiniteSteps, ResumableTrainer, SFTTrainer):
     """SFTTrainer whose loss is computed on one row without padding; the loss is the same. Steps are finite."""
 
     backend: Backend | None = None
@@ -55,6 +56,13 @@ class WarmupTrainer(FiniteSteps, SFTTrainer):
         if compiled and not is_deepspeed_zero3_enabled():
             for layer in layers_of(model):
                 layer.compile(dynamic=True)
+
+    def _progress(self):
+        return super()._progress() | {"tokens": self._total_train_tokens}
+
+    def _go_on(self, progress):
+        super()._go_on(progress)
+        self._total_train_tokens = progress["tokens"]
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """TRL's loss and metrics, over the packed form of `inputs`."""

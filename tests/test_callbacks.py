@@ -63,6 +63,35 @@ def test_a_healthy_log_starts_the_count_again() -> None:
     assert own.fired_at == 6
 
 
+@pytest.mark.parametrize("action", ["warn", "save", "stop"])
+def test_a_guard_goes_on_counting_where_a_checkpoint_has_left_it(action: Any) -> None:
+    logs = [log(0.5), log(1.0), log(1.0), log(1.0), log(1.0)]
+    straight = guard(3, action=action)
+    feed(straight, logs)
+    for cut in range(len(logs)):
+        first, second = guard(3, action=action), guard(3, action=action)
+        feed(first, logs[:cut])
+        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        control = TrainerControl()
+        for step, entry in enumerate(logs[cut:], start=cut + 1):
+            second.on_log(ARGS, state(step), control, logs=entry)
+        assert vars(second) == vars(straight)
+    assert straight.fired_at == 4
+
+
+@pytest.mark.parametrize("action", ["save", "stop"])
+def test_a_run_that_the_guard_has_stopped_stays_stopped(action: Any) -> None:
+    first, second = guard(2, action=action), guard(2, action=action)
+    feed(first, [log(1.0)] * 2)
+    second.load_state_dict(first.state_dict())
+    control = TrainerControl()
+    second.on_step_end(ARGS, state(3), control)
+    assert control.should_training_stop == (action == "stop")
+    fresh = TrainerControl()
+    guard(2, action=action).on_step_end(ARGS, state(3), fresh)
+    assert not fresh.should_training_stop
+
+
 def test_healthy_policies_never_fire() -> None:
     own = guard(2)
     feed(own, [log(think) for think in (0.5, 0.02, 0.98, 0.3, 0.7)] * 5)

@@ -10,12 +10,13 @@ import pytest
 import torch
 from transformers import Trainer
 from transformers.integrations.integration_utils import WandbCallback
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer, SFTTrainer
 from trl.trainer.grpo_trainer import shuffle_sequence_dict, split_tensor_dict
 from trl.trainer.utils import RepeatSampler
 
 from siesta.rl.config import REFUSED
 from siesta.rl.guards import FiniteSteps
+from siesta.rl.resumable import ResumableTrainer
 from siesta.rl.sleep.context_trainer import ContextTrainer
 from siesta.rl.trainer import DeGRPOTrainer
 
@@ -28,6 +29,7 @@ SEAMS = {
     "_save_checkpoint": ["model", "trial"],
     "_compute_loss": ["model", "inputs"],
     "log": ["logs", "start_time"],
+    "_get_train_sampler": ["dataset"],
 }
 
 
@@ -67,6 +69,56 @@ def test_a_callback_may_stop_and_save_at_the_end_of_a_step():
     assert source.index(".on_step_end(") < source.index("self._maybe_log_save_evaluate(")
     assert source.index("self._maybe_log_save_evaluate(") < source.index("self.control.should_training_stop")
     assert ".on_train_end(" in inspect.getsource(Trainer._finalize_training)
+
+
+CHECKPOINT_SEAMS = {
+    "_save_checkpoint": ["model", "trial"],
+    "_get_output_dir": ["trial"],
+    "_save_rng_state": ["output_dir"],
+    "_load_rng_state": ["checkpoint"],
+    "_prepare_for_training": ["max_steps", "train_dataloader", "resume_from_checkpoint"],
+}
+
+
+@pytest.mark.parametrize("seam", CHECKPOINT_SEAMS)
+def test_checkpoints_override_methods_that_keep_their_parameters(seam):
+    parameters = list(inspect.signature(getattr(Trainer, seam)).parameters)[1:]
+    assert parameters == CHECKPOINT_SEAMS[seam], f"ResumableTrainer.{seam} overrides a method that has changed"
+    assert seam in vars(ResumableTrainer)
+
+
+def test_everything_of_a_checkpoint_goes_where_the_seam_says_and_generators_last():
+    source = inspect.getsource(Trainer._save_checkpoint)
+    assert source.count("self._get_output_dir(trial=trial)") == 1
+    places = ["self.save_model(output_dir", "_save_optimizer_and_scheduler(output_dir", "_save_rng_state(output_dir"]
+    found = [source.index(text) for text in [*places, "TRAINER_STATE_NAME", "output_dir=run_dir"]]
+    assert found == sorted(found)
+
+
+def test_what_is_taken_up_again_is_kept_where_it_was():
+    source = inspect.getsource(Trainer._inner_training_loop)
+    begins = source.index("callback_handler.on_train_begin")
+    for name in ("self._tr_loss = torch.tensor(0.0", "self._globalstep_last_logged = self.state.global_step"):
+        assert source.index(name) < begins, name
+    epoch = inspect.getsource(Trainer._run_epoch)
+    assert epoch.count("self._load_rng_state(resume_from_checkpoint)") == 2
+    assert epoch.rindex("self._load_rng_state(resume_from_checkpoint)") < epoch.index("self.training_step(")
+    for kind, name in ((GRPOTrainer, "_step"), (GRPOTrainer, "_buffered_inputs"), (SFTTrainer, "_total_train_tokens")):
+        assert f"self.{name} = " in inspect.getsource(kind.__init__)
+        assert 'self._metrics = {"train": defaultdict(list)' in inspect.getsource(kind.__init__)
+
+
+def test_transformers_loads_nothing_but_data():
+    for name in ("_load_rng_state", "_load_optimizer_and_scheduler", "_load_scaler", "_load_from_checkpoint"):
+        source = inspect.getsource(getattr(Trainer, name))
+        assert source.count("torch.load(") == source.count("weights_only=True") > 0, name
+
+
+def test_an_order_of_rows_can_be_drawn_again():
+    order = RepeatSampler(cast(Any, range(5)), mini_repeat_count=1, seed=7)
+    assert (order.shuffle, order.seed, order.num_samples) == (True, 7, 5)
+    assert order.generator.initial_seed() == 7
+    assert inspect.getsource(RepeatSampler.__iter__).count("torch.randperm(") == 1
 
 
 def test_log_probabilities_are_asked_for_as_we_answer():

@@ -19,6 +19,7 @@ from siesta.rl.advantages import Rollouts
 from siesta.rl.config import DeGRPOConfig, optimizer_steps
 from siesta.rl.judge import Judge
 from siesta.rl.metrics import sleep_metrics
+from siesta.rl.resumable import EpochOrder
 from siesta.rl.sleep import credit
 from siesta.rl.sleep_section import SleepSection
 from siesta.rl.trainer import DeGRPOTrainer
@@ -29,15 +30,15 @@ class BlockSampler(Sampler[int]):
 
     def __init__(self, blocks: Sequence[Sequence[int]], repeats: int, **settings: Any):
         self.blocks, self.repeats = blocks, repeats
-        self._order = RepeatSampler(cast(Any, range(len(blocks))), mini_repeat_count=1, **settings)
+        self.order = RepeatSampler(cast(Any, range(len(blocks))), mini_repeat_count=1, **settings)
 
     def __iter__(self):
-        for block in self._order:
+        for block in self.order:
             for row in self.blocks[block]:
                 yield from [row] * self.repeats
 
     def __len__(self) -> int:
-        return len(self._order) * len(self.blocks[0]) * self.repeats
+        return len(self.order) * len(self.blocks[0]) * self.repeats
 
 
 def check_batch(config: DeGRPOConfig, queries: int) -> None:
@@ -76,16 +77,16 @@ class ContextTrainer(DeGRPOTrainer):
 
     def _get_train_sampler(self, dataset: Dataset | None = None) -> Sampler:
         """Blocks of m queries, so that a batch holds all queries of its contexts."""
-        rows = cast(Dataset, self.train_dataset if dataset is None else dataset)
+        examples = cast(Dataset, self.train_dataset if dataset is None else dataset)
         queries, settings = self.sleep_section.queries, self.method
-        blocks = credit.query_blocks(rows["context"], queries)
+        blocks = credit.query_blocks(examples["context"], queries)
         contexts = cast(int, settings.generation_batch_size) // self.block
         if len(blocks) < contexts:
             raise DataError(
                 f"data: {len(blocks)} contexts have sleep.queries {queries} rows that follow each other, a batch "
                 f"needs {contexts}; lower sleep.queries, or ask a task for more (data.queries, data.train_size)"
             )
-        return BlockSampler(
+        rows = BlockSampler(
             blocks,
             self.sleeps * self.group,
             batch_size=contexts,
@@ -93,6 +94,7 @@ class ContextTrainer(DeGRPOTrainer):
             shuffle=bool(self.shuffle_dataset),
             seed=settings.seed,
         )
+        return EpochOrder(rows, rows.order, self._epoch)
 
     def _contexts(self, inputs: Sequence[dict]) -> tuple[list[str], list[str]]:
         """The contexts of this rank's generation batch, and the kind of state that each one's queries come with."""

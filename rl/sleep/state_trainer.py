@@ -141,6 +141,14 @@ class StateTrainer(ContextTrainer):
         self._state_passes = StatePasses(*settings, way=self.way, section=self.sleep_section)
         return self._state_passes
 
+    def _progress(self):
+        passes = self._state_passes
+        return super()._progress() | {"contexts": passes.contexts, "read": passes.read}
+
+    def _go_on(self, progress):
+        super()._go_on(progress)
+        self._state_passes.contexts, self._state_passes.read = progress["contexts"], progress["read"]
+
     # ---- sleep -------------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from siesta.rl.checkpoints import check_intact, read_manifest
 from tests.helpers import parameters, save_tiny_model, tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +30,8 @@ main_process_port: 0
 
 def launched(folder: Path, name: str, budget: int, launcher: list[str], *options: str) -> tuple[torch.Tensor, str]:
     """The weights after training, and what kind of training the processes say it was."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     if "accelerate.commands.launch" not in launcher:  # its own setting; beside it this one turns DeepSpeed off
         environment["ACCELERATE_USE_CPU"] = "true"
     script = ["-m", "tests.distributed.train_tiny", str(folder), name, str(budget), *options]
@@ -57,10 +59,24 @@ def assert_as_alone(folder: Path, weights: torch.Tensor) -> None:
     torch.testing.assert_close(weights, alone, rtol=0, atol=1e-6)
 
 
-def test_two_ddp_processes_take_the_same_steps_as_one(folder: Path) -> None:
-    weights, kind = launched(folder, "ddp", 60, TORCHRUN)
+def assert_goes_on(folder: Path, name: str, launcher: list[str], weights: torch.Tensor) -> None:
+    """Both ranks' part of the checkpoint after two of three steps is sealed, and leads to `weights` bit by bit."""
+    checkpoint = folder / name / "checkpoint-2"
+    check_intact(checkpoint)
+    files = read_manifest(checkpoint)["files"]
+    assert {f"{kind}_{rank}.{end}" for kind, end in (("rng_state", "pth"), ("progress", "pt")) for rank in (0, 1)} <= {
+        *files
+    }
+    shutil.rmtree(folder / name / "checkpoint-3")
+    resumed, _ = launched(folder, name, 60, launcher, "save", "resume")
+    assert torch.equal(resumed, weights)
+
+
+def test_two_ddp_processes_take_the_same_steps_as_one_and_go_on_from_a_checkpoint(folder: Path) -> None:
+    weights, kind = launched(folder, "ddp", 60, TORCHRUN, "save")
     assert kind == "MULTI_CPU 2"
     assert_as_alone(folder, weights)
+    assert_goes_on(folder, "ddp", TORCHRUN, weights)
 
 
 def test_two_ddp_processes_that_share_prompts_take_the_same_steps_as_one_that_does_not(folder: Path) -> None:
