@@ -41,7 +41,7 @@ lock:
 	mv lock.new requirements.lock && rm lock.part
 
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 quickstart: setup
 	$(LAUNCH) recipes/quickstart.yaml
