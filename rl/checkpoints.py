@@ -27,8 +27,14 @@ MANIFEST = "manifest.json"
 UNFINISHED = "unfinished"
 HASHERS = 8  # threads; hashing releases the interpreter
 ROOM = 1.2  # free space a save asks for, in sizes of a checkpoint
-# What is unpickled on resume. DeepSpeed's files, in an older format, are not looked through but loaded as data only.
-PICKLES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "progress_*.pt")
+# What is unpickled on resume, DeepSpeed's states among it, and the plain records that those hold beside tensors.
+PICKLES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "progress_*.pt", "global_step*/*.pt")
+RECORDS = {
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+}
 # A full disk in the words of those who write: safetensors, torch's older format, and its zip writer, which counts.
 FULL = ("No space left on device", "Disk quota exceeded", "unexpected pos", "PytorchStreamWriter failed writing")
 
@@ -175,7 +181,7 @@ def _check_pickle(file: Path) -> None:
     """Raises CheckpointError if a file of torch.save names anything that is not data; the file is not unpickled."""
     try:
         with safe_globals():  # of numpy, as transformers allows them
-            names = torch.serialization.get_unsafe_globals_in_checkpoint(str(file))
+            names = set(torch.serialization.get_unsafe_globals_in_checkpoint(str(file))) - RECORDS
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(f"{file.name} is no file of torch.save") from error
     if names:

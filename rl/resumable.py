@@ -18,6 +18,7 @@ import pickle
 import shutil
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -249,5 +250,7 @@ class ResumableTrainer(Trainer):
         return [callback for callback in self.callback_handler.callbacks if isinstance(callback, StatefulCallback)]
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        with only_data():
+        names = [name.rpartition(".") for name in checkpoints.RECORDS] if self.is_deepspeed_enabled else []
+        records = [getattr(import_module(module), name) for module, _, name in names]
+        with only_data(), torch.serialization.safe_globals(cast(Any, records)):
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)

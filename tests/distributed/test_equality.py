@@ -89,10 +89,11 @@ def test_two_ddp_processes_that_share_prompts_take_the_same_steps_as_one_that_do
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++: DeepSpeed compiles an extension")
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_two_zero_processes_take_the_same_steps_as_one(folder: Path, stage: int) -> None:
+def test_two_zero_processes_take_the_same_steps_as_one_and_go_on(folder: Path, stage: int) -> None:
     file = folder / f"zero{stage}.yaml"
     file.write_text(LAUNCH.format(stage=stage, init=str(stage == 3).lower()))
     accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
-    weights, kind = launched(folder, f"zero{stage}", 60, accelerate)
+    weights, kind = launched(folder, f"zero{stage}", 60, accelerate, "save")
     assert kind == "DEEPSPEED 2"
     assert_as_alone(folder, weights)
+    assert_goes_on(folder, f"zero{stage}", accelerate, weights)
