@@ -11,13 +11,15 @@ An unscorable rollout (its verifier failed) is none of this: it weighs nothing a
 import logging
 import math
 from collections import Counter
+from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any, cast
 
 import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import get_last_checkpoint
+
+from siesta.rl.checkpoints import checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +79,7 @@ class FiniteSteps(Trainer):
         if self.is_world_process_zero():
             logger.warning("step %d is skipped, not finite: %s", step, what)
         if self._skipped_in_a_row >= self.max_skipped_steps:
-            last = get_last_checkpoint(cast(str, self.args.output_dir))
+            last = next(iter(checkpoints(Path(cast(str, self.args.output_dir)))), None)
             raise GuardStop(
                 f"{self._skipped_in_a_row} steps in a row were skipped, the last one step {step}, not finite: {what}; "
                 f"last checkpoint: {last or 'none'}"

@@ -9,13 +9,15 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import cast
 
 import torch
 from accelerate.utils import gather
 from transformers import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
+
+from siesta.rl.checkpoints import checkpoints
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # torchrun passes a signal on to processes that a terminal or SLURM has signalled as well.
@@ -90,7 +92,7 @@ class StopOnSignal(TrainerCallback):
         """Raises SignalStop, so that nothing that would follow a whole training does."""
         self.request.training = False
         if number := self.asked(args):
-            last = get_last_checkpoint(args.output_dir)
+            last = next(iter(checkpoints(Path(args.output_dir))), None)
             raise SignalStop(
                 number, f"stopped at step {state.global_step}; the same command goes on from {last or 'the start'}"
             )
