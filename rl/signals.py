@@ -92,7 +92,7 @@ class StopOnSignal(TrainerCallback):
         """Raises SignalStop, so that nothing that would follow a whole training does."""
         self.request.training = False
         if number := self.asked(args):
-            last = next(iter(checkpoints(Path(args.output_dir))), None)
+            last = next(iter(checkpoints(Path(cast(str, args.output_dir)))), None)
             raise SignalStop(
                 number, f"stopped at step {state.global_step}; the same command goes on from {last or 'the start'}"
             )
