@@ -75,7 +75,7 @@ def main(folder: Path) -> None:
     said.append(f"kept {torch.equal(first, second)} moved {not torch.equal(second, third)}")
     skipped = [row["guard/skipped_steps"] for row in trainer.state.log_history if "grad_norm" in row]
     said.append(f"skipped {skipped} received {request.received}")
-    print(" | ".join(said), flush=True)
+    (folder / f"rank{args.process_index}.txt").write_text(" | ".join(said))  # one stream would mix up the ranks
 
 
 if __name__ == "__main__":
