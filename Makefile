@@ -83,6 +83,7 @@ results-sleep-cpu: setup
 # On a machine with one CUDA device, vLLM and these packages; python there is the one to use.
 results-speed-gpu:
 	python -m benchmarks.train_pass --shape 0.6b --micro 4 8 --out $(SPEED)/b1_0.6b.json
+	python -m benchmarks.train_pass --shape 0.6b --shares 0 --micro 8 --out $(SPEED)/b1_0.6b_think.json
 	python -m benchmarks.train_pass --shape 0.6b --shares 0.8 --rollouts 16 --micro 2 --full-precision --repeats 2 --warmups 1 \
 	  --out $(SPEED)/b1_0.6b_fp32.json
 	python -m benchmarks.train_pass --shape 1.5b --shares 0.8 0 --micro 4 --warmups 2 --out $(SPEED)/b1_1.5b.json
@@ -91,7 +92,8 @@ results-speed-gpu:
 	python -m benchmarks.rollouts --shape 0.6b --out $(SPEED)/b3_generate.json
 	python -m benchmarks.shared_prompt --shape 0.6b --out $(SPEED)/b4_0.6b.json
 	python -m benchmarks.step_time --shape 0.6b --out $(SPEED)/b6_0.6b.json
-	python -m benchmarks.end_to_end --shape 0.6b --share 0.8 --rollouts 480 --steps 6 --plain --out $(SPEED)/e2e_0.6b.json
+	python -m benchmarks.end_to_end --shape 0.6b --share 0.8 --rollouts 480 --steps 6 --out $(SPEED)/e2e_0.6b.json
+	python -m benchmarks.end_to_end --shape 0.6b --share 0.8 --rollouts 80 --steps 1 --arms siesta --plain --out $(SPEED)/plain_0.6b.json
 	python -m benchmarks.end_to_end --shape 0.6b --share 0.8 --rollouts 80 --steps 20 --out $(SPEED)/e2e_curves_0.6b.json
 	python -m benchmarks.speed_tables
 
