@@ -211,6 +211,15 @@ def test_a_resumed_training_rewrites_no_metric(
     assert file.read_text() == rows_of(*kept)
 
 
+def test_the_summary_of_a_training_stands_once(tmp_path: Path) -> None:
+    """One that was killed behind its summary, before its stage was finished, logs it again."""
+    file = tmp_path / "metrics.jsonl"
+    summaries = [{"stage": stage, "step": 2, "train_runtime": 1.0} for stage in ("warmup", "rl")]
+    file.write_text(rows_of(("rl", 2)) + "".join(json.dumps(row) + "\n" for row in summaries))
+    MetricsFile(file, "rl").on_train_begin(ARGS, state(2), TrainerControl())
+    assert file.read_text() == rows_of(("rl", 2)) + json.dumps(summaries[0]) + "\n"
+
+
 def test_a_first_training_has_no_metrics_to_drop(tmp_path: Path) -> None:
     MetricsFile(tmp_path / "metrics.jsonl", "rl").on_train_begin(ARGS, state(0), TrainerControl())
     assert not list(tmp_path.iterdir())
@@ -228,6 +237,22 @@ def test_samples_are_json_lines(tmp_path: Path) -> None:
     assert [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] == [
         {"step": 7, **row} for row in rows
     ]
+
+
+def test_a_resumed_training_repeats_no_sample(tmp_path: Path) -> None:
+    file = tmp_path / "samples.jsonl"
+    rows = [{"step": step, "response": "\u2028" if step == 1 else "7"} for step in (1, 1, 2, 3)]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    file.write_text("".join(lines) + '{"step": 3, "resp', encoding="utf-8")
+    own = SampleFile(file, lambda: [{"response": "8"}], to_wandb=False)
+    own.on_train_begin(ARGS, state(2, main=False), TrainerControl())
+    assert file.read_text(encoding="utf-8").endswith("resp"), "the main process alone writes"
+    own.on_train_begin(ARGS, state(2), TrainerControl())
+    assert file.read_text(encoding="utf-8") == "".join(lines[:3])
+    for step in (3, 4, 4):  # the last log of a training is its summary
+        own.on_log(ARGS, state(step), TrainerControl(), logs={})
+    steps = [json.loads(line)["step"] for line in file.read_text(encoding="utf-8").split("\n") if line]
+    assert steps == [1, 1, 2, 3, 4]
 
 
 def test_no_samples_leave_no_file(tmp_path: Path) -> None:
