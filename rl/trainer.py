@@ -62,6 +62,9 @@ class DeGRPOTrainer(FiniteSteps, ResumableTrainer, GRPOTrainer):
         super().__init__(
             model=model, reward_funcs=[self.reward_function], args=args, processing_class=judge.tokenizer, **kwargs
         )
+        # Trackers have their callbacks by now. TRL would also hand them its timings and its table of completions by
+        # itself, past what keeps their failures from the run. Ours are `time/...` and samples.jsonl.
+        args.report_to = []
         self.method = args
         self.max_skipped_steps = args.max_skipped_steps
         self.group = args.group

@@ -18,7 +18,8 @@ import pyarrow.parquet
 import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainerState
-from transformers.integrations.integration_utils import WandbCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, WandbCallback
+from trl.extras import profiling
 
 from siesta.data.credentials import credential_in
 from siesta.data.errors import DataError, ModelError, RecipeError
@@ -452,6 +453,25 @@ def test_negative_control_transformers_callback_ends_the_run(tmp_path: Path) -> 
     pytest.importorskip("wandb")
     with pytest.raises(BrokenPipeError):
         with_wandb(build(tmp_path, kind=GivenRollouts, max_steps=3), WandbCallback, DyingWandb()).train()
+
+
+@pytest.mark.parametrize("kept_from_trl", [True, False])
+def test_trl_hands_nothing_to_wandb_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept_from_trl: bool
+) -> None:
+    """In a step, where nothing would keep its failure from the run. Without our care it does."""
+    pytest.importorskip("wandb")
+    wandb = DyingWandb()
+    monkeypatch.setattr(profiling, "wandb", wandb)
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "wandb", TrainerCallback)
+    trainer = build(tmp_path, kind=GivenRollouts, max_steps=2, report_to=["wandb"])
+    if kept_from_trl:
+        trainer.train()
+        assert wandb.logged == []
+        return
+    trainer.args.report_to = ["wandb"]
+    with pytest.raises(BrokenPipeError):
+        trainer.train()
 
 
 def test_the_table_of_samples_is_given_up_too(
