@@ -504,7 +504,7 @@ class StopsAt(TrainerCallback):
 @pytest.mark.parametrize("by_callback", [False, True])
 def test_a_training_that_had_come_to_its_end_takes_no_further_step(tmp_path: Path, by_callback: bool) -> None:
     """Killed behind its last checkpoint, before the stage was finished; transformers would take a step more."""
-    settings = {"max_steps": 3 if by_callback else 2}
+    settings: dict[str, Any] = {"max_steps": 3 if by_callback else 2}
     trainers = []
     for _ in range(2):
         trainers.append(build(tmp_path, **settings))
@@ -517,7 +517,7 @@ def test_a_training_that_had_come_to_its_end_takes_no_further_step(tmp_path: Pat
 
 def test_the_checkpoint_that_a_training_goes_on_from_may_be_removed_in_it(tmp_path: Path) -> None:
     """Epochs of two steps, one checkpoint is kept."""
-    settings = {"save_total_limit": 1, "max_steps": 6}
+    settings: dict[str, Any] = {"save_total_limit": 1, "max_steps": 6}
     first = build(tmp_path, dataset(4), **settings)
     first.add_callback(StopOnSignal(request := StopRequest()))
     request.received = signal.SIGTERM
