@@ -20,6 +20,7 @@ COMMANDS = {
     "train": ("siesta.rl.train", "run a recipe: model, warm-up, RL, evaluation, export, report"),
     "warmup-data": ("siesta.rl.warmup_data", "write verified responses in every mode, for the warm-up"),
     "export": ("siesta.rl.export", "write a checkpoint of a run as a folder that vllm serve takes"),
+    "report": ("siesta.rl.page", "write runs as one HTML page"),
     "chat": ("siesta.rl.chat", "talk to an exported model: shows mode, probability, tokens and time"),
     "doctor": ("siesta.rl.doctor", "what this machine has, what will be used, what is missing"),
     "sleep": ("siesta.rl.sleep.night", "consolidate contexts before their queries come, and keep the states"),
