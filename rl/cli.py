@@ -18,6 +18,7 @@ from siesta.data.errors import UserError
 # Command -> module, what it does.
 COMMANDS = {
     "train": ("siesta.rl.train", "run a recipe: model, warm-up, RL, evaluation, export, report"),
+    "plan": ("siesta.rl.plan", "check a recipe; its memory, tokens and, like an earlier run, hours"),
     "warmup-data": ("siesta.rl.warmup_data", "write verified responses in every mode, for the warm-up"),
     "export": ("siesta.rl.export", "write a checkpoint of a run as a folder that vllm serve takes"),
     "report": ("siesta.rl.page", "write runs as one HTML page"),
