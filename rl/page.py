@@ -27,6 +27,7 @@ from siesta.rl.origin import read_origin
 from siesta.rl.report import read_metrics
 from siesta.rl.run import write_atomically
 
+EVAL = "eval/evaluation.json"  # of `siesta eval RUN --out RUN/eval`
 SHOWN = 8  # prompts of a run whose responses are shown
 # Metric -> what a value above 0 means.
 EVENTS = {
@@ -38,13 +39,16 @@ EVENTS = {
 
 @dataclass(frozen=True)
 class Story:
-    """What a run has left: the resolved recipe as text, RL's metric rows, evaluations by name, sampled rollouts."""
+    """What a run has left: the resolved recipe as text, RL's metric rows, evaluations by name, sampled rollouts, and
+    what `siesta eval` found if it was run.
+    """
 
     path: Path
     recipe: str
     rows: list[dict]
     evaluation: dict[str, dict]
     samples: list[dict]
+    found: dict | None = None
 
     @property
     def name(self) -> str:
@@ -67,7 +71,8 @@ def read_story(path: Path) -> Story:
     Raises:
         ReportError: It is none, or it has not been evaluated, or a file is damaged.
     """
-    recipe, evaluation, samples = (path / name for name in ("recipe.yaml", "evaluation.json", "samples.jsonl"))
+    names = ("recipe.yaml", "evaluation.json", "samples.jsonl", EVAL)
+    recipe, evaluation, samples, found = (path / name for name in names)
     if not recipe.exists():
         raise ReportError(f"{path}: no run directory (recipe.yaml is missing)")
     if not evaluation.exists():
@@ -82,6 +87,7 @@ def read_story(path: Path) -> Story:
             read_metrics(path, "rl"),
             json.loads(evaluation.read_text(encoding="utf-8")),
             [json.loads(row) for row in rows],
+            next(iter(json.loads(found.read_text())["checkpoints"].values())) if found.exists() else None,
         )
     except json.JSONDecodeError as error:
         raise ReportError(f"{path}: a file is damaged, {error}") from error
@@ -102,7 +108,33 @@ def facts(story: Story) -> list[dict[str, str]]:
         {"name": f"tokens an answer (always {last} {always['tokens']:.1f})", "value": f"{free['tokens']:.1f}"},
         {"name": f"% {last}", "value": f"{100 * free['shares'][last]:.0f}"},
         {"name": "regret against the oracle", "value": f"{free['regret']:.3f}"},
+        *found_facts(story),
     ]
+
+
+def found_facts(story: Story) -> Iterator[dict[str, str]]:
+    """Numbers that `siesta eval` adds."""
+    if story.found is None:
+        return
+    last, calibration = story.modes[-1], story.found["calibration"]
+    area = story.found["frontier"]["greedy"]["area"]
+    for name, own, scale in (
+        (f"AUROC of p({last}): does it know where {last} pays?", calibration["auroc"], 1),
+        ("points of accuracy over random routing, all budgets", area, 100),
+        (
+            f"% of items in the better mode (chance {_percent(calibration['hybrid_chance'])})",
+            calibration["hybrid_accuracy"],
+            100,
+        ),
+    ):
+        if own["value"] is not None:
+            digits = 3 if scale == 1 else 1
+            low, high = (f"{scale * value:.{digits}f}" for value in own["interval"])
+            yield {"name": f"{name} [{low}, {high}]", "value": f"{scale * own['value']:.{digits}f}"}
+
+
+def _percent(own: dict) -> str:
+    return "-" if own["value"] is None else f"{100 * own['value']:.1f}"
 
 
 def policy_table(story: Story) -> dict[str, Any]:
@@ -227,6 +259,14 @@ def chapter(story: Story) -> dict[str, Any]:
     }
 
 
+def overview(stories: Sequence[Story]) -> list[str]:
+    """The figures about policies."""
+    drawn = [figures.frontier([(story.name, story.result, story.found) for story in stories])]
+    if any(story.found is not None for story in stories):
+        drawn.append(figures.reliability([(story.name, story.found) for story in stories], stories[0].modes[-1]))
+    return drawn
+
+
 def render(stories: Sequence[Story], title: str) -> str:
     """The page."""
     template = importlib.resources.files("siesta.rl").joinpath("page.html").read_text(encoding="utf-8")
@@ -239,7 +279,7 @@ def render(stories: Sequence[Story], title: str) -> str:
         title=title,
         version=importlib.metadata.version("siesta-rl"),
         runs=[chapter(story) for story in stories],
-        frontier=figures.frontier([(story.name, story.result) for story in stories]),
+        overview=overview(stories),
         compared=compared if len(named) > 1 else [],
         diffs=[recipe_diff(stories[0], other) for other in stories[1:]],
     )

@@ -106,30 +106,34 @@ def runs_over_steps(named: Sequence[tuple[str, Sequence[dict]]], key: str, title
     return svg(draw, title)
 
 
-def frontier(named: Sequence[tuple[str, dict]]) -> str:
-    """Accuracy against tokens of every policy, greedy. The line joins the forced modes: what random routing gives.
+def frontier(named: Sequence[tuple[str, dict, dict | None]]) -> str:
+    """Accuracy against tokens of every policy, greedy. The dotted line joins the forced modes: what random routing
+    gives; the other one is what thresholds on p(think) give.
 
     Args:
-        named: Name of a run and its evaluation.
+        named: Name of a run, its evaluation, and what `siesta eval` found if it was run.
     """
 
     def draw(axes: Axes) -> None:
-        for (name, result), colour in zip(named, COLOURS, strict=False):
+        for (name, result, found), colour in zip(named, COLOURS, strict=False):
             rows = result["greedy"]
+            if found is not None:
+                points = found["frontier"]["greedy"]["points"]
+                axes.plot([_tokens(row) for row in points], [row["accuracy"] for row in points], ".-", color=colour)
             forced = sorted((row for policy, row in rows.items() if policy.startswith("always-")), key=_tokens)
             axes.plot([_tokens(row) for row in forced], [row["accuracy"] for row in forced], ":", color=colour)
             for policy, row in rows.items():
                 marker = {"free": "o", "oracle": "*"}.get(policy, "s")
                 axes.plot(_tokens(row), row["accuracy"], marker, color=colour, ms=8 if policy == "oracle" else 5)
-                if len(named) == 1:
+                if len(named) == 1 and policy not in ("free", "oracle"):
                     axes.annotate(
                         policy, (_tokens(row), row["accuracy"]), (4, -9), textcoords="offset points", fontsize=7
                     )
             low, high = rows["free"]["interval"]["accuracy"]
             axes.vlines(_tokens(rows["free"]), low, high, color=colour, lw=1)
-            axes.plot([], [], "o", color=colour, label=f"{name}, free")
+            axes.plot([], [], "o", color=colour, label=f"{name}, free (* oracle)")
         axes.set(xlabel="tokens per answer", ylabel="accuracy")
-        axes.set_xlim(left=0)
+        axes.set_xlim(0, 1.15 * axes.get_xlim()[1])  # room for the names
         axes.legend(loc="lower right")
 
     return svg(draw, "accuracy against tokens")
@@ -159,6 +163,28 @@ def by_level(result: dict, measure: str, title: str) -> str:
             axes.legend(fontsize=7, ncols=len(policies), loc="upper left")
 
     return svg(draw, title)
+
+
+def reliability(named: Sequence[tuple[str, dict | None]], mode: str) -> str:
+    """How often the mode earns more, against its probability, in bins. On the diagonal the policy knows how often.
+
+    Args:
+        named: Name of a run and what `siesta eval` found.
+    """
+
+    def draw(axes: Axes) -> None:
+        axes.plot([0, 1], [0, 1], ":", color="0.6")
+        for (name, found), colour in zip(named, COLOURS, strict=False):
+            bins = [own for own in found["calibration"]["bins"] if own["items"]] if found is not None else []
+            sizes = [8 + 120 * own["items"] / sum(each["items"] for each in bins) for own in bins]
+            axes.scatter(
+                [own["p"] for own in bins], [own["pays"]["value"] for own in bins], sizes, color=colour, label=name
+            )
+        axes.set(xlabel=f"p({mode})", ylabel=f"where {mode} earns more", xlim=(-0.03, 1.03))
+        axes.set_ylim(-0.03, 1.03)
+        axes.legend()
+
+    return svg(draw, f"does p({mode}) know when it pays?")
 
 
 def lengths(samples: Sequence[dict], modes: Sequence[str]) -> str:

@@ -86,6 +86,24 @@ def test_every_part_by_hand(run: Path) -> None:
     ]
 
 
+def test_what_siesta_eval_found_is_shown_too(run: Path) -> None:
+    estimate = {"value": 0.75, "interval": [0.5, 1.0]}
+    bins = [{"items": 3, "p": 0.2, "pays": estimate}, {"items": 0, "p": None, "pays": {"value": None}}]
+    names = ("auroc", "hybrid_accuracy", "hybrid_chance")
+    points = [{"tokens": tokens, "accuracy": tokens / 10} for tokens in (2, 5, 8)]
+    found = {
+        "frontier": {"greedy": {"area": {"value": None, "interval": None}, "points": points}},
+        "calibration": dict.fromkeys(names, estimate) | {"bins": bins},
+    }
+    (run / "eval").mkdir()
+    (run / "eval" / "evaluation.json").write_text(json.dumps({"checkpoints": {"mine": found}}))
+    page = render([read_story(run)], "t")
+    assert 'aria-label="does p(think) know when it pays?"' in page
+    assert "AUROC of p(think): does it know where think pays? [0.500, 1.000]" in page
+    assert "(chance 75.0) [50.0, 100.0]" in page
+    assert "over random routing" not in page, "an estimate that is none"
+
+
 def test_guards_and_faults_are_told_and_their_absence_too(run: Path) -> None:
     story = read_story(run)
     assert list(events(story)) == ["No guard fired, every rollout was scored, nothing was flagged."]
