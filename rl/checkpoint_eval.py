@@ -161,7 +161,12 @@ def measure_checkpoint(
     """
     recipe, section = context.recipe, context.recipe.evaluate
     model = load(context)
-    settings = {"instruction": recipe.data.instruction, "temperature": context.temperature}
+    settings: dict[str, Any] = {
+        "instruction": recipe.data.instruction,
+        "temperature": context.temperature,
+        "samples": section.samples,
+        "batch_size": section.batch_size,
+    }
     total = len(examples) * len(context.modes) * (1 + section.samples)
     with (
         fixed_randomness(section.seed),
@@ -169,8 +174,7 @@ def measure_checkpoint(
         context.writer(Path(str(recipe.model.path)), examples) as write,
     ):
         with progress(console, "responses", total) as advance:
-            bounds = {"samples": section.samples, "batch_size": section.batch_size}
-            measured = measure(model, judge, examples, write=write, advance=advance, keep=rows, **settings, **bounds)
+            measured = measure(model, judge, examples, write=write, advance=advance, keep=rows, **settings)
         latency = None
         if timed:
             ids: dict[str, Any] = {"pad_id": pad_id(context.tokenizer), "eos_id": end_id(context.tokenizer)}

@@ -106,8 +106,8 @@ def checkpoint_numbers(
             }
         own = calibration(measured, weights)
         named |= {f"calibration/{name}": value for name, value in own.items()}
-        result["calibration"] = {name: value.numbers() for name, value in own.items()}
-        result["calibration"]["bins"] = bins_table(measured, weights)
+        numbers = {name: value.numbers() for name, value in own.items()}
+        result["calibration"] = numbers | {"bins": bins_table(measured, weights)}
     if measured.drawn_scores is not None and measured.drawn_scores.shape[2] > 1:
         result["voting"], own = voting_numbers(measured, clusters, weights, setting)
         named |= own
