@@ -17,7 +17,7 @@ class Loader(yaml.SafeLoader):
     """Reads `!function name` as the name."""
 
 
-Loader.add_constructor("!function", lambda loader, node: loader.construct_scalar(node))
+Loader.add_constructor("!function", lambda loader, node: node.value)
 
 DOC = {
     "answer": "7",
