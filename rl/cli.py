@@ -1,6 +1,7 @@
 """The command `siesta`.
 
     siesta train quickstart rl.tau=0.3
+    siesta eval outputs/quickstart --out outputs/quickstart/eval
     siesta warmup-data recipe.yaml --out warmup_data
 
 A command is a module with `main(arguments)` that returns the exit code; to add one, add a line to `COMMANDS`. It is
@@ -19,6 +20,7 @@ from siesta.data.errors import UserError
 COMMANDS = {
     "train": ("siesta.rl.train", "run a recipe: model, warm-up, RL, evaluation, export, report"),
     "plan": ("siesta.rl.plan", "check a recipe; its memory, tokens and, like an earlier run, hours"),
+    "eval": ("siesta.rl.checkpoint_eval", "measure checkpoints: modes, mode policy, frontier, calibration, baselines"),
     "warmup-data": ("siesta.rl.warmup_data", "write verified responses in every mode, for the warm-up"),
     "export": ("siesta.rl.export", "write a checkpoint of a run as a folder that vllm serve takes"),
     "report": ("siesta.rl.page", "write runs as one HTML page"),
