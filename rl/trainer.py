@@ -65,7 +65,8 @@ class DeGRPOTrainer(FiniteSteps, ResumableTrainer, GRPOTrainer):
         self.method = args
         self.max_skipped_steps = args.max_skipped_steps
         self.group = args.group
-        models = [model for model in (self.model, self.ref_model) if model is not None]
+        # DeepSpeed has wrapped the reference model already, and not yet the trained one.
+        models = [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None]
         self.passes = self._make_passes(cast(list[torch.nn.Module], models))
         self.phases = Phases(self.accelerator.device)
         self.add_callback(OptimizerPhase(self.phases))
