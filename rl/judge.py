@@ -197,6 +197,17 @@ class RewardFunction:
 
     def samples(self, count: int) -> list[dict]:
         """Rollouts of the last batch to look at, spread evenly over it, with score, reward and flags."""
+    def state_dict(self) -> dict:
+        """The batch that `samples` shows, as plain containers."""
+        batch = [(prompt, mode.name, response, hacks) for prompt, mode, response, hacks in self._batch]
+        return {"batch": batch, "outcomes": self.outcomes}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Show what `state_dict` has given."""
+        by_name = {mode.name: mode for mode in self.judge.modes}
+        self._batch = [(prompt, by_name[name], response, hacks) for prompt, name, response, hacks in state["batch"]]
+        self.outcomes = state["outcomes"]
+
         rows = []
         last = len(self._batch) - 1
         for i in sorted({place * last // max(1, count - 1) for place in range(count)}) if self._batch else []:

@@ -275,6 +275,7 @@ class DeGRPOTrainer(FiniteSteps, ResumableTrainer, GRPOTrainer):
         )
         own = {"step": self._step, "rollouts": rollouts, "means_step": self._logged_step, "flops": self.passes.flops}
         return super()._progress() | own | {"seconds": dict(self.phases.seconds), "tokens": dict(self.phases.tokens)}
+        own["judged"] = None if used_up else self.reward_function.state_dict()
 
     def _go_on(self, progress):
         super()._go_on(progress)
@@ -283,6 +284,8 @@ class DeGRPOTrainer(FiniteSteps, ResumableTrainer, GRPOTrainer):
             {key: value.to(device) for key, value in rows.items()} for rows in rollouts
         ]
         self._step = progress["step"]
+        if progress["judged"] is not None:
+            self.reward_function.load_state_dict(progress["judged"])
         self._logged_step, self.passes.flops = progress["means_step"], progress["flops"]
         self.phases.seconds.update(progress["seconds"])
         self.phases.tokens.update(progress["tokens"])

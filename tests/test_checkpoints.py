@@ -24,6 +24,7 @@ from trl.trainer.utils import RepeatSampler
 from siesta.data.errors import CheckpointError
 from siesta.rl import checkpoints, resumable
 from siesta.rl.checkpoints import MANIFEST, UNFINISHED, check_intact, newest_intact, prune, seal
+from siesta.rl.callbacks import SampleFile
 from siesta.rl.config import DeGRPOConfig
 from siesta.rl.resumable import EpochOrder, only_data, train_on
 from siesta.rl.trainer import DeGRPOTrainer
@@ -424,9 +425,18 @@ WINDOWS: dict[str, dict[str, Any]] = {
 
 def rows_of(trainer: Trainer) -> list[dict]:
     """Everything that was logged, without what a clock or the end of the training says."""
-    return [
-        {key: value for key, value in row.items() if not key.startswith(CLOCK)} for row in trainer.state.log_history
-    ]
+    return [{key: value for key, value in row.items() if not key.startswith(CLOCK)} for row in logs]
+
+
+def rows_of(trainer: Trainer) -> list[dict]:
+    """Of a trainer's own log."""
+    return without_clock(trainer.state.log_history)
+
+
+def sampled(trainer: DeGRPOTrainer, file: Path) -> Path:
+    """Have the trainer write samples into `file`."""
+    trainer.add_callback(SampleFile(file, lambda: trainer.reward_function.samples(4), to_wandb=False))
+    return file
 
 
 def assert_equal(one: Any, other: Any, where: str) -> None:
@@ -461,6 +471,7 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_by_bit(tmp_path: Path, window:
         one, other = (torch.load(end / name, weights_only=True) for end in ends)
         assert_equal(one, other, name)
     assert rows_of(straight)[:-1] == rows_of(resumed)[:-1]
+    files = [sampled(straight, tmp_path / "straight.jsonl"), tmp_path / "resumed.jsonl"]
     assert rows_of(straight)[:-1]
     later = [entry for entry in straight.prompts if entry[0] >= 3]
     assert later == resumed.prompts
