@@ -218,7 +218,7 @@ class ResumableTrainer(Trainer):
     # ---- what a checkpoint holds beside transformers' files ---------------------------------------------------------
 
     def _progress_file(self, checkpoint: str | Path) -> Path:
-        return Path(checkpoint) / f"progress_{self.args.process_index}.pt"
+        return Path(checkpoint) / checkpoints.PROGRESS.format(rank=self.args.process_index)
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)

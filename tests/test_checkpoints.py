@@ -157,6 +157,17 @@ def test_another_number_of_processes_is_refused(stage: Path) -> None:
 
 
 # ---- saves that do not end -----------------------------------------------------------------------------------------
+def test_a_checkpoint_of_weights_alone_is_not_gone_on_from(tmp_path: Path) -> None:
+    build(tmp_path, save_only_model=True).train()
+    again = build(tmp_path, save_only_model=True)
+    with pytest.raises(CheckpointError) as error:
+        train_on(again, tmp_path / "out", pytest.fail)
+    assert str(error.value) == (
+        f"{tmp_path}/out/checkpoint-1: holds weights alone (save_only_model), and training cannot go on from these; "
+        f"delete {tmp_path}/out to start the stage anew"
+    )
+
+
 
 
 class Killed(BaseException):
