@@ -81,6 +81,28 @@ class EpochOrder(Sampler[int]):
 
 
 def agreed(work: Callable[[], T]) -> T:
+class EpochShuffle(Sampler[int]):
+    """Rows shuffled anew in each epoch, by its number and the seed alone: the same on every rank, whatever numbers
+    that has drawn in between, and in a run resumed in a later epoch. The order is that of accelerate's
+    SeedableRandomSampler, which must be told the epoch: a sampler around it does not.
+
+    Args:
+        rows: How many.
+        seed: Of the first epoch; each later one counts it up.
+        epoch: The number of the epoch that begins.
+    """
+
+    def __init__(self, rows: int, seed: int, epoch: Callable[[], int]):
+        self.rows, self.seed, self.epoch = rows, seed, epoch
+
+    def __iter__(self) -> Iterator[int]:
+        draw = torch.Generator().manual_seed(self.seed + self.epoch())
+        return iter(torch.randperm(self.rows, generator=draw).tolist())
+
+    def __len__(self) -> int:
+        return self.rows
+
+
     """What `work` returns on the main process, or the UserError it ends in there, on every rank."""
     result: list[Any] = [None]
     if PartialState().is_main_process:

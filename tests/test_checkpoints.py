@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset
 from safetensors import SafetensorError
 from transformers import Trainer
@@ -26,9 +27,9 @@ from siesta.rl import checkpoints, resumable
 from siesta.rl.checkpoints import MANIFEST, UNFINISHED, check_intact, newest_intact, prune, seal
 from siesta.rl.callbacks import SampleFile
 from siesta.rl.config import DeGRPOConfig
-from siesta.rl.resumable import EpochOrder, only_data, train_on
+from siesta.rl.resumable import EpochOrder, EpochShuffle, only_data, train_on
 from siesta.rl.trainer import DeGRPOTrainer
-from siesta.rl.warmup_trainer import WarmupTrainer
+from siesta.rl.warmup_trainer import SortedWarmupTrainer, WarmupTrainer
 from tests.helpers import one_step, parameters, save_tiny_model, tiny_judge
 from tests.test_trainer import dataset
 
@@ -502,14 +503,24 @@ def test_the_order_of_an_epoch_depends_on_its_number_alone() -> None:
     assert list(repeated()) != orders[1]  # what a run resumed in its second epoch would see
 
 
-def test_a_resumed_warmup_is_the_undisturbed_one(tmp_path: Path) -> None:
-    rows = Dataset.from_list([{"prompt": f"{n}+1=", "completion": str(n + 1)} for n in range(8)])
+def test_an_epoch_is_shuffled_as_by_the_library_by_its_number_alone() -> None:
+    library = SeedableRandomSampler(cast(Any, range(20)), data_seed=3)
+    orders = [list(library) for _ in range(3)]
+    assert orders[0] != orders[1] != orders[2]
+    for epoch in (2, 0, 1):
+        torch.rand(epoch)
+        assert list(EpochShuffle(20, 3, lambda epoch=epoch: epoch)) == orders[epoch]
+
+
+@pytest.mark.parametrize("kind", [WarmupTrainer, SortedWarmupTrainer])
+def test_a_resumed_warmup_is_the_undisturbed_one(tmp_path: Path, kind: type[WarmupTrainer]) -> None:
+    rows = Dataset.from_list([{"prompt": f"{n}+1=", "completion": str(n) * (n % 3 + 1)} for n in range(8)])
     save_tiny_model(tmp_path / "model")
     settings = one_step(tmp_path) | {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "logging_steps": 2}
     trainers = []
     for name in ("straight", "resumed"):
         args = SFTConfig(**(settings | {"output_dir": str(tmp_path / name), "per_device_train_batch_size": 4}))
-        trainers.append(WarmupTrainer(model=str(tmp_path / "model"), args=args, train_dataset=rows))
+        trainers.append(kind(model=str(tmp_path / "model"), args=args, train_dataset=rows))
         train_on(trainers[-1], tmp_path / name, pytest.fail)
         if name == "straight":
             shutil.copytree(tmp_path / name / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
