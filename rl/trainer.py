@@ -367,4 +367,7 @@ class DeGRPOTrainer(FiniteSteps, ResumableTrainer, GRPOTrainer):
         if steps and cast(torch.nn.Module, self.model).training:
             self._logged_step = self.state.global_step
             logs.update(self.passes.speed(self.phases.collect(steps), steps))
-        super().log(logs, start_time)
+        # With `log_completions` TRL would hand its table to the trackers itself, past what keeps their failures from
+        # the run. They get samples (`SampleFile`); the table is on the screen and in <run>/rl/completions.
+        with replaced(self.args, "report_to", []):
+            super().log(logs, start_time)
