@@ -68,7 +68,8 @@ class DeGRPOTrainer(FiniteSteps, ResumableTrainer, GRPOTrainer):
         # DeepSpeed has wrapped the reference model already, and not yet the trained one.
         models = [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None]
         self.passes = self._make_passes(cast(list[torch.nn.Module], models))
-        self.phases = Phases(self.accelerator.device)
+        self.phases = Phases(self.accelerator.device, lambda phase: self.reached(phase))
+        self.reward_function.done = lambda: self.reached("rewards are there")
         self.add_callback(OptimizerPhase(self.phases))
         self._logged_step = self._bad_rewards = 0
 
@@ -274,8 +275,8 @@ class DeGRPOTrainer(FiniteSteps, ResumableTrainer, GRPOTrainer):
             None if used_up else [{k: v.clone() for k, v in rows.items()} for rows in self._buffered_inputs or []]
         )
         own = {"step": self._step, "rollouts": rollouts, "means_step": self._logged_step, "flops": self.passes.flops}
-        return super()._progress() | own | {"seconds": dict(self.phases.seconds), "tokens": dict(self.phases.tokens)}
         own["judged"] = None if used_up else self.reward_function.state_dict()
+        return super()._progress() | own | {"seconds": dict(self.phases.seconds), "tokens": dict(self.phases.tokens)}
 
     def _go_on(self, progress):
         super()._go_on(progress)
@@ -283,9 +284,9 @@ class DeGRPOTrainer(FiniteSteps, ResumableTrainer, GRPOTrainer):
         self._buffered_inputs = rollouts and [
             {key: value.to(device) for key, value in rows.items()} for rows in rollouts
         ]
-        self._step = progress["step"]
         if progress["judged"] is not None:
             self.reward_function.load_state_dict(progress["judged"])
+        self._step = progress["step"]
         self._logged_step, self.passes.flops = progress["means_step"], progress["flops"]
         self.phases.seconds.update(progress["seconds"])
         self.phases.tokens.update(progress["tokens"])
