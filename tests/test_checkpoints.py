@@ -24,8 +24,8 @@ from trl.trainer.utils import RepeatSampler
 
 from siesta.data.errors import CheckpointError
 from siesta.rl import checkpoints, resumable
-from siesta.rl.checkpoints import MANIFEST, UNFINISHED, check_intact, newest_intact, prune, seal
 from siesta.rl.callbacks import SampleFile
+from siesta.rl.checkpoints import MANIFEST, UNFINISHED, check_intact, newest_intact, prune, seal
 from siesta.rl.config import DeGRPOConfig
 from siesta.rl.resumable import EpochOrder, EpochShuffle, only_data, train_on
 from siesta.rl.trainer import DeGRPOTrainer
@@ -157,7 +157,6 @@ def test_another_number_of_processes_is_refused(stage: Path) -> None:
         newest_intact(stage, 2, pytest.fail)
 
 
-# ---- saves that do not end -----------------------------------------------------------------------------------------
 def test_a_checkpoint_of_weights_alone_is_not_gone_on_from(tmp_path: Path) -> None:
     build(tmp_path, save_only_model=True).train()
     again = build(tmp_path, save_only_model=True)
@@ -169,6 +168,7 @@ def test_a_checkpoint_of_weights_alone_is_not_gone_on_from(tmp_path: Path) -> No
     )
 
 
+# ---- saves that do not end -----------------------------------------------------------------------------------------
 
 
 class Killed(BaseException):
@@ -435,7 +435,7 @@ WINDOWS: dict[str, dict[str, Any]] = {
 }
 
 
-def rows_of(trainer: Trainer) -> list[dict]:
+def without_clock(logs: list[dict]) -> list[dict]:
     """Everything that was logged, without what a clock or the end of the training says."""
     return [{key: value for key, value in row.items() if not key.startswith(CLOCK)} for row in logs]
 
@@ -471,11 +471,17 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_by_bit(tmp_path: Path, window:
     """Six steps of two prompts, of four in the data; from a checkpoint after three, in the middle of everything."""
     settings = WINDOWS[window] | {"max_steps": 6, "lr_scheduler_type": "linear"}
     straight = build(tmp_path / "straight", dataset(4), **settings)
+    files = [sampled(straight, tmp_path / "straight.jsonl"), tmp_path / "resumed.jsonl"]
     straight.train()
     stage = tmp_path / "stage"
     shutil.copytree(tmp_path / "straight" / "out" / "checkpoint-3", stage / "checkpoint-3")
     resumed = build(tmp_path, dataset(4), **(settings | {"output_dir": str(stage)}))
+    # The interrupted run came two steps further than its checkpoint, and into the middle of a row.
+    lines = files[0].read_text().splitlines(keepends=True)
+    files[1].write_text("".join(line for line in lines if json.loads(line)["step"] <= 5) + lines[-1][:9])
+    sampled(resumed, files[1])
     train_on(resumed, stage, pytest.fail)
+    assert files[0].read_text() == files[1].read_text()
     assert torch.equal(*(parameters(cast(torch.nn.Module, one.model)) for one in (straight, resumed)))
     ends = [folder / "checkpoint-6" for folder in (tmp_path / "straight" / "out", stage)]
     assert (ends[0] / "model.safetensors").read_bytes() == (ends[1] / "model.safetensors").read_bytes()
@@ -483,7 +489,6 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_by_bit(tmp_path: Path, window:
         one, other = (torch.load(end / name, weights_only=True) for end in ends)
         assert_equal(one, other, name)
     assert rows_of(straight)[:-1] == rows_of(resumed)[:-1]
-    files = [sampled(straight, tmp_path / "straight.jsonl"), tmp_path / "resumed.jsonl"]
     assert rows_of(straight)[:-1]
     later = [entry for entry in straight.prompts if entry[0] >= 3]
     assert later == resumed.prompts
