@@ -27,6 +27,14 @@ def jsonable(value: object) -> object:
     return value
 
 
+def drop_rows(file: Path, dropped: Callable[[dict], bool]) -> None:
+    """Rewrite a file of JSON lines without some of its rows, and without a last line that a killed run has torn."""
+    if file.exists():
+        whole, _, _ = file.read_text(encoding="utf-8").rpartition("\n")
+        lines = [line for line in whole.split("\n") if line and not dropped(json.loads(line))]
+        write_atomically(file, "".join(line + "\n" for line in lines))
+
+
 class MetricsFile(TrainerCallback):
     """Appends every log to metrics.jsonl, whatever tracker is used beside it."""
 
@@ -35,13 +43,9 @@ class MetricsFile(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Drop the rows that an interrupted attempt left beyond the step from which training goes on."""
-        if state.is_world_process_zero and self.file.exists():
-            # A killed attempt may have torn the last line.
-            whole, _, _ = self.file.read_text(encoding="utf-8").rpartition("\n")
-            rows = [json.loads(line) for line in whole.splitlines()]
+        if state.is_world_process_zero:
             done = state.global_step or -1  # a training that starts anew logs its step 0 again
-            kept = [row for row in rows if row["stage"] != self.stage or row["step"] <= done]
-            write_atomically(self.file, "".join(json.dumps(row) + "\n" for row in kept))
+            drop_rows(self.file, lambda row: row["stage"] == self.stage and row["step"] > done)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
@@ -70,6 +74,11 @@ class SampleFile(TrainerCallback):
 
     def __init__(self, file: Path, take: Callable[[], list[dict]], to_wandb: bool):
         self.file, self.take, self.to_wandb = file, take, to_wandb
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """As `MetricsFile`: the steps that follow are sampled again."""
+        if state.is_world_process_zero:
+            drop_rows(self.file, lambda row: row["step"] > state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         rows = self.take()

@@ -65,9 +65,11 @@ class DeGRPOTrainer(FiniteSteps, ResumableTrainer, GRPOTrainer):
         self.method = args
         self.max_skipped_steps = args.max_skipped_steps
         self.group = args.group
-        models = [model for model in (self.model, self.ref_model) if model is not None]
+        # DeepSpeed has wrapped the reference model already, and not yet the trained one.
+        models = [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None]
         self.passes = self._make_passes(cast(list[torch.nn.Module], models))
-        self.phases = Phases(self.accelerator.device)
+        self.phases = Phases(self.accelerator.device, lambda phase: self.reached(phase))
+        self.reward_function.done = lambda: self.reached("rewards are there")
         self.add_callback(OptimizerPhase(self.phases))
         self._logged_step = self._bad_rewards = 0
 
@@ -273,6 +275,7 @@ class DeGRPOTrainer(FiniteSteps, ResumableTrainer, GRPOTrainer):
             None if used_up else [{k: v.clone() for k, v in rows.items()} for rows in self._buffered_inputs or []]
         )
         own = {"step": self._step, "rollouts": rollouts, "means_step": self._logged_step, "flops": self.passes.flops}
+        own["judged"] = None if used_up else self.reward_function.state_dict()
         return super()._progress() | own | {"seconds": dict(self.phases.seconds), "tokens": dict(self.phases.tokens)}
 
     def _go_on(self, progress):
@@ -281,6 +284,8 @@ class DeGRPOTrainer(FiniteSteps, ResumableTrainer, GRPOTrainer):
         self._buffered_inputs = rollouts and [
             {key: value.to(device) for key, value in rows.items()} for rows in rollouts
         ]
+        if progress["judged"] is not None:
+            self.reward_function.load_state_dict(progress["judged"])
         self._step = progress["step"]
         self._logged_step, self.passes.flops = progress["means_step"], progress["flops"]
         self.phases.seconds.update(progress["seconds"])
@@ -363,4 +368,7 @@ class DeGRPOTrainer(FiniteSteps, ResumableTrainer, GRPOTrainer):
         if steps and cast(torch.nn.Module, self.model).training:
             self._logged_step = self.state.global_step
             logs.update(self.passes.speed(self.phases.collect(steps), steps))
-        super().log(logs, start_time)
+        # With `log_completions` TRL would hand its table to the trackers itself, past what keeps their failures from
+        # the run. They get samples (`SampleFile`); the table is on the screen and in <run>/rl/completions.
+        with replaced(self.args, "report_to", []):
+            super().log(logs, start_time)

@@ -230,6 +230,21 @@ def test_samples_are_json_lines(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("resumed_at", [0, 8])
+def test_samples_of_steps_that_are_done_again_do_not_stand_twice(tmp_path: Path, resumed_at: int) -> None:
+    file = tmp_path / "samples.jsonl"
+    own = SampleFile(file, lambda: [{"response": "a\u2028b"}], to_wandb=False)
+    for step in (4, 8, 12):
+        own.on_log(ARGS, state(step), TrainerControl(), logs={})
+    before = file.read_text(encoding="utf-8")
+    file.write_text(before + '{"step": 12, "resp', encoding="utf-8")
+    own.on_train_begin(ARGS, state(resumed_at, main=False), TrainerControl())
+    own.on_train_begin(ARGS, state(resumed_at), TrainerControl())
+    kept = [line for line in before.split("\n")[:-1] if json.loads(line)["step"] <= resumed_at]
+    assert file.read_text(encoding="utf-8") == "".join(line + "\n" for line in kept)
+    assert len(kept) == resumed_at // 4
+
+
 def test_no_samples_leave_no_file(tmp_path: Path) -> None:
     SampleFile(tmp_path / "samples.jsonl", list, to_wandb=True).on_log(ARGS, state(), TrainerControl(), logs={})
     assert not list(tmp_path.iterdir())

@@ -19,6 +19,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.integrations.integration_utils import WandbCallback
+from trl import GRPOTrainer
 
 from siesta.data.credentials import credential_in
 from siesta.data.errors import DataError, ModelError, RecipeError
@@ -30,7 +31,7 @@ from siesta.rl.judge import RewardFunction, build_judge
 from siesta.rl.models import load_weights, make_tokenizer, model_config
 from siesta.rl.origin import Origin, find_origin
 from siesta.rl.recipe import load_recipe
-from siesta.rl.tracking import SteadyWandb
+from siesta.rl.tracking import STEADY
 from tests.given import GivenRollouts
 from tests.helpers import save_tiny_model, tiny_judge
 from tests.test_trainer import build
@@ -426,17 +427,17 @@ class DyingWandb:
             raise BrokenPipeError("the service is gone")
 
 
-def with_wandb(trainer: Trainer, kind: type[WandbCallback], wandb: DyingWandb) -> Trainer:
-    callback = kind()
-    callback._wandb, callback._initialized = cast(Any, wandb), True
-    trainer.add_callback(cast(TrainerCallback, callback))
+def with_wandb(trainer: Trainer, kind: type[TrainerCallback], wandb: DyingWandb) -> Trainer:
+    callback: Any = kind()
+    callback._wandb, callback._initialized = wandb, True
+    trainer.add_callback(callback)
     return trainer
 
 
 def test_training_goes_on_when_wandb_dies(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("wandb")
     wandb, file = DyingWandb(), tmp_path / "metrics.jsonl"
-    trainer = with_wandb(build(tmp_path, kind=GivenRollouts, max_steps=3), SteadyWandb, wandb)
+    trainer = with_wandb(build(tmp_path, kind=GivenRollouts, max_steps=3), STEADY["wandb"], wandb)
     trainer.add_callback(MetricsFile(file, "rl"))
     trainer.train()
     rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -452,6 +453,23 @@ def test_negative_control_transformers_callback_ends_the_run(tmp_path: Path) -> 
     pytest.importorskip("wandb")
     with pytest.raises(BrokenPipeError):
         with_wandb(build(tmp_path, kind=GivenRollouts, max_steps=3), WandbCallback, DyingWandb()).train()
+
+
+def test_the_table_of_completions_is_not_sent_past_the_guard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL sends it by itself."""
+    wandb = pytest.importorskip("wandb")
+
+    def log(values: dict) -> None:
+        raise BrokenPipeError("the service is gone")
+
+    monkeypatch.setattr(wandb, "run", object())
+    monkeypatch.setattr(wandb, "log", log)
+    trainer = build(tmp_path, kind=GivenRollouts, log_completions=True)
+    trainer.args.report_to = ["wandb"]
+    trainer.train()
+    assert list((tmp_path / "out" / "completions").iterdir())
+    with pytest.raises(BrokenPipeError):  # negative control
+        GRPOTrainer.log(trainer, {})
 
 
 def test_the_table_of_samples_is_given_up_too(
