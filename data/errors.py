@@ -23,3 +23,7 @@ class LaunchError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint that cannot be resumed from, or one that cannot be written."""
+
+
+class ReportError(UserError):
+    """A run that cannot be reported on."""

@@ -81,6 +81,7 @@ class SampleFile(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """As `MetricsFile`: the steps that follow are sampled again."""
+        self.written = state.global_step
         if state.is_world_process_zero:
             drop_rows(self.file, lambda row: row["step"] > state.global_step)
 

@@ -25,6 +25,7 @@ from siesta.data.errors import CheckpointError
 
 MANIFEST = "manifest.json"
 UNFINISHED = "unfinished"
+PROGRESS = "progress_{rank}.pt"  # of each rank; see `siesta.rl.resumable`
 HASHERS = 8  # threads; hashing releases the interpreter
 ROOM = 1.2  # free space a save asks for, in sizes of a checkpoint
 # What is unpickled on resume, DeepSpeed's states among it, and the plain records that those hold beside tensors.
@@ -206,7 +207,8 @@ def newest_intact(folder: Path, processes: int, say: Callable[[str], None]) -> P
         say: Gets a line for what is removed and for each checkpoint that is skipped.
 
     Raises:
-        CheckpointError: There are checkpoints and none is intact, or it was written by another number of processes.
+        CheckpointError: There are checkpoints and none is intact, or it was written by another number of processes, or
+            without what a training goes on with.
     """
     left = folder / UNFINISHED
     if left.exists():
@@ -219,7 +221,13 @@ def newest_intact(folder: Path, processes: int, say: Callable[[str], None]) -> P
         except CheckpointError as error:
             say(f"{checkpoint}: skipped, {error}")
             continue
-        wrote = read_manifest(checkpoint)["processes"]
+        manifest = read_manifest(checkpoint)
+        if PROGRESS.format(rank=0) not in manifest["files"]:
+            raise CheckpointError(
+                f"{checkpoint}: holds weights alone (save_only_model), and training cannot go on from these; delete "
+                f"{folder} to start the stage anew"
+            )
+        wrote = manifest["processes"]
         if wrote != processes:
             raise CheckpointError(
                 f"{checkpoint}: written by {wrote} process(es), this run has {processes}; launch {wrote}, or delete "

@@ -1,5 +1,6 @@
 """What commands show: our own lines without the noise of the libraries below, and how far a long loop has come."""
 
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from rich.progress import Progress
 from transformers.utils import logging as transformers_logging
 
 LINES = 10  # that a whole loop prints where nobody watches a bar
+SECONDS = 30.0  # after which it prints one in any case, as soon as something is done
 
 
 def quiet_libraries() -> None:
@@ -23,8 +25,11 @@ def quiet_libraries() -> None:
 
 
 @contextmanager
-def progress(console: Console, title: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-    """Yields a function that takes how many items were finished since; a bar on a terminal, else about ten lines.
+def progress(
+    console: Console, title: str, total: int, done: int = 0, clock: Callable[[], float] = time.monotonic
+) -> Iterator[Callable[[int], None]]:
+    """Yields a function that takes how many items were finished since; a bar on a terminal, else about ten lines, and
+    one at least every `SECONDS`.
 
     Args:
         done: Items that an earlier run has finished.
@@ -35,10 +40,13 @@ def progress(console: Console, title: str, total: int, done: int = 0) -> Iterato
             yield lambda count: bar.advance(task, count)
         return
 
+    said = clock()
+
     def advance(count: int) -> None:
-        nonlocal done
+        nonlocal done, said
         before, done = done, done + count
-        if done * LINES // total > before * LINES // total:
+        if done * LINES // total > before * LINES // total or clock() - said >= SECONDS:
+            said = clock()
             console.print(f"{title}: {done:,} of {total:,}", markup=False)
 
     yield advance

@@ -1,11 +1,12 @@
 """Evaluation: every item answered in every mode, greedily and sampled, and every policy priced on those answers.
 
-python -m siesta.rl.evaluate outputs/quickstart            # evaluates rl/final again with the run's recipe
+The stage `evaluate` of a run and the command `siesta eval` (`siesta.rl.checkpoint_eval`) both measure with this.
 """
 
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +17,15 @@ from transformers import PreTrainedModel
 from siesta.data.prompts import end_id, messages, pad_id, prompt_ids
 from siesta.data.schema import Example
 from siesta.rewards.hacking import FLAGS
+from siesta.rewards.verifiers import solution_part
 from siesta.rl.generation import Writer, complete, mode_policy
 from siesta.rl.judge import Judge
 from siesta.rl.modes import Mode
 from siesta.rl.policies import Measurement
+from siesta.rl.voting import ballot_number
+
+# Decoding, responses of each mode, and `judged` of them.
+Keeper = Callable[[str, Sequence[list[list[int]]], list[dict[str, np.ndarray]]], None]
 
 
 def measure(
@@ -32,6 +38,8 @@ def measure(
     temperature: float,
     batch_size: int,
     write: Writer | None = None,
+    advance: Callable[[int], None] = lambda count: None,
+    keep: Keeper | None = None,
 ) -> Measurement:
     """Answer every example in every mode, once greedily and `samples` times at `temperature`.
 
@@ -40,18 +48,25 @@ def measure(
 
     Args:
         write: Has `model`'s weights and writes in its place; None is `generate`.
+        advance: Is told how many responses are done since the last time, of (1 + samples) for each item and mode.
+        keep: See `measurement`.
     """
     tokenizer, modes = judge.tokenizer, judge.modes
     prompts = [prompt_ids(tokenizer, messages(example, instruction)) for example in examples]
-    settings = {"batch_size": batch_size, "pad_id": pad_id(tokenizer)}
+    settings: dict[str, Any] = {"batch_size": batch_size, "pad_id": pad_id(tokenizer)}
     log_policy, mass = mode_policy(model, prompts, modes, temperature=temperature, device=model.device, **settings)
-    if write is None:
-        write = partial(complete, model, eos_id=end_id(tokenizer), **settings)
+    own = partial(complete, model, eos_id=end_id(tokenizer), advance=advance, **settings)
 
     def respond(mode: Mode, repeats: int, heat: float | None) -> list[list[int]]:
-        return write([prompt for prompt in prompts for _ in range(repeats)], mode, temperature=heat)
+        asked = [prompt for prompt in prompts for _ in range(repeats)]
+        if write is None:
+            return own(asked, mode, temperature=heat)
+        responses = write(asked, mode, temperature=heat)
+        advance(len(responses))
+        return responses
 
-    return measurement(judge, examples, log_policy, mass, respond, samples=samples, temperature=temperature)
+    bounds = {"samples": samples, "temperature": temperature}
+    return measurement(judge, examples, log_policy, mass, respond, keep=keep, **bounds)
 
 
 def measurement(
@@ -63,17 +78,23 @@ def measurement(
     *,
     samples: int,
     temperature: float,
+    keep: Keeper | None = None,
 ) -> Measurement:
     """Forced rollouts of every example, whatever it is read from.
 
     Args:
         log_policy, mass: log pi(m given x), (I, M), and the mass on control tokens, (I,).
         respond: Responses in a mode, so many of each example one behind the other, at a temperature or greedy.
+        keep: Gets the responses of `greedy`, then those of `sampled`, with what they came to.
     """
     modes = judge.modes
 
     def answered(repeats: int, heat: float | None) -> list[dict[str, np.ndarray]]:
-        return judged(judge, [respond(mode, repeats, heat) for mode in modes], examples, repeats)
+        written = [respond(mode, repeats, heat) for mode in modes]
+        outcomes = judged(judge, written, examples, repeats)
+        if keep is not None:
+            keep("greedy" if heat is None else "sampled", written, outcomes)
+        return outcomes
 
     greedy, sampled = answered(1, None), answered(samples, temperature)
 
@@ -96,13 +117,16 @@ def measurement(
             for name, outcome in zip(modes.names, sampled, strict=True)
         },
         unscorable=int(sum(np.isnan(outcome["scores"]).sum() for outcome in [*greedy, *sampled])),
+        drawn_scores=np.stack([outcome["scores"] for outcome in sampled], axis=1),
+        drawn_answers=np.stack([outcome["answers"] for outcome in sampled], axis=1),
     )
 
 
 def judged(
     judge: Judge, written: Sequence[list[list[int]]], examples: Sequence[Example], repeats: int
 ) -> list[dict[str, np.ndarray]]:
-    """What the responses of each mode came to: scores, tokens, rewards, truncated and the flags, (I, repeats) each.
+    """What the responses of each mode came to, (I, repeats) each: scores, tokens, rewards, truncated, answers (their
+    numbers, see `siesta.rl.voting.ballot_number`) and the flags.
 
     Args:
         written: Responses of each mode, `repeats` for each example.
@@ -110,6 +134,7 @@ def judged(
     items = [place for place in range(len(examples)) for _ in range(repeats)]
     own = [mode for mode in judge.modes for _ in items]
     raised = judge.hacks(own, [ids for responses in written for ids in responses], items * len(written))
+    known: list[dict[str, int]] = [{} for _ in examples]
     outcomes = []
     for column, (mode, responses) in enumerate(zip(judge.modes, written, strict=True)):
         hacks = raised[column * len(items) : (column + 1) * len(items)]
@@ -121,7 +146,9 @@ def judged(
             for score, n, found in zip(scores, tokens, hacks, strict=True)
         ]
         cut = [response[-1] != end_id(judge.tokenizer) for response in responses]
-        columns = {"scores": scores, "tokens": tokens, "rewards": rewards, "truncated": cut}
+        solutions = [solution_part(judge.text(response), mode.answer_after) for response in responses]
+        given = [ballot_number(text, known[i]) for i, text in zip(items, solutions, strict=True)]
+        columns = {"scores": scores, "tokens": tokens, "rewards": rewards, "truncated": cut, "answers": given}
         columns |= {flag: [flag in found for found in hacks] for flag in FLAGS}
         outcomes.append({name: np.array(values, dtype=float).reshape(-1, repeats) for name, values in columns.items()})
     return outcomes
@@ -138,7 +165,8 @@ def print_table(
         title=title, caption=f"{result['items']} items, {decoding}; brackets: 95 % bootstrap interval over items"
     )
     view.add_column("policy", no_wrap=True)
-    for name in ("accuracy %", "tokens", f"{last} %", "regret"):
+    timed = "milliseconds" in rows["free"]
+    for name in ("accuracy %", "tokens", *(["ms"] if timed else []), f"{last} %", "regret"):
         view.add_column(name, justify="right", no_wrap=True)
     if len(levels) > 1:
         view.add_column(f"{last} % at level {levels[0]} to {levels[-1]}", no_wrap=True)
@@ -151,6 +179,7 @@ def print_table(
             name,
             f"{100 * row['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]",
             f"{row['tokens']:.1f}",
+            *([f"{row['milliseconds']:.1f}"] if timed else []),
             f"{100 * row['shares'][last]:.0f}",
             f"{row['regret']:.3f}",
             *([shares] if len(levels) > 1 else []),

@@ -1,6 +1,6 @@
 """Export a checkpoint as a folder that `from_pretrained` and `vllm serve` take as it is.
 
-python -m siesta.rl.export outputs/quickstart/rl/checkpoint-75 exported     # any checkpoint, LoRA or not
+siesta export outputs/quickstart/rl/checkpoint-75 exported     # any checkpoint, LoRA or not
 """
 
 import argparse
@@ -14,9 +14,11 @@ from transformers import GenerationConfig
 
 from siesta.data.errors import ModelError, UserError
 from siesta.data.prompts import end_id, pad_id
-from siesta.rl.models import load_tokenizer, save_model
+from siesta.rl.console import quiet_libraries
+from siesta.rl.models import build_modes, load_tokenizer, save_model
 from siesta.rl.origin import Origin, read_origin
 from siesta.rl.recipe import Recipe, dump_recipe, load_recipe
+from siesta.rl.serving import write_rules
 from siesta.rl.sleep.factory import load_whole
 
 PACKAGES = ("siesta-rl", "torch", "transformers", "trl", "accelerate", "peft")
@@ -54,6 +56,8 @@ def export_checkpoint(checkpoint: Path, out: Path, *, run: Path, dtype: str | No
         pad_token_id=pad_id(tokenizer),
     )
     save_model(model, tokenizer, out)
+    modes = build_modes(recipe.modes, tokenizer)
+    write_rules(out, modes, eos_id=end_id(tokenizer), instruction=recipe.data.instruction)
     evaluation = run / "evaluation.json"
     results = json.loads(evaluation.read_text()) if evaluation.exists() else None
     card = model_card(recipe, checkpoint, results, read_origin(run / "model"))
@@ -118,11 +122,12 @@ def markdown_table(result: dict, decoding: str = "greedy") -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="siesta.rl.export", description="Export a checkpoint of a run.")
+    parser = argparse.ArgumentParser(prog="siesta export", description="Export a checkpoint of a run.")
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"])
     options = parser.parse_args(arguments)
+    quiet_libraries()
     try:
         export_checkpoint(options.checkpoint, options.out, run=find_run(options.checkpoint), dtype=options.dtype)
     except UserError as error:

@@ -4,7 +4,7 @@ Prompts are sorted by length before they are batched and left-padded; masks come
 many tokenizers pad with their end-of-sequence token.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
@@ -93,6 +93,7 @@ def complete(
     batch_size: int,
     pad_id: int,
     eos_id: int,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> list[list[int]]:
     """One response per prompt in `mode`.
 
@@ -100,6 +101,7 @@ def complete(
         prompts: Ids up to the control token.
         temperature: None decodes greedily.
         eos_id: Ends a response.
+        advance: Is told how many responses are done since the last time.
 
     Returns:
         Ids after the control token, end of sequence included unless the cap came first; in the order of `prompts`.
@@ -112,6 +114,7 @@ def complete(
             written = respond(cast(Any, model), [prompts[i] for i in batch], mode, config, [eos_id])
             for i, response in zip(batch, written, strict=True):
                 responses[i] = response
+            advance(len(batch))
     return responses
 
 

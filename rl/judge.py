@@ -137,6 +137,7 @@ class RewardFunction:
         self.judge = judge
         self.outcomes = torch.empty(0, 4)
         self.flags = torch.empty(0, len(hacking.FLAGS))
+        self.done: Callable[[], None] = lambda: None  # called when a batch has its rewards
         self._batch: list[tuple[object, Mode, list[int], list[str]]] = []
         self._background = ThreadPoolExecutor(1, thread_name_prefix="verify")
         self._begun: dict[int, tuple[Future[list[float | None]], int]] = {}
@@ -193,7 +194,19 @@ class RewardFunction:
             log_extra("mode", [mode.name for mode in modes])
             log_extra("score", scores)
             log_extra("hacks", [" ".join(found) for found in hacks])
+        self.done()
         return rewards
+
+    def state_dict(self) -> dict:
+        """The batch that `samples` shows, as plain containers."""
+        batch = [(prompt, mode.name, response, hacks) for prompt, mode, response, hacks in self._batch]
+        return {"batch": batch, "outcomes": self.outcomes}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Show what `state_dict` has given."""
+        by_name = {mode.name: mode for mode in self.judge.modes}
+        self._batch = [(prompt, by_name[name], response, hacks) for prompt, name, response, hacks in state["batch"]]
+        self.outcomes = state["outcomes"]
 
     def samples(self, count: int) -> list[dict]:
         """Rollouts of the last batch to look at, spread evenly over it, with score, reward and flags."""

@@ -13,7 +13,7 @@ unless they come from a DeepSpeed file, FSDP and its version, mixed precision. `
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -34,7 +34,7 @@ class Launch:
     Args:
         processes: At least so many.
         source: The variable that says so.
-        sharding: `ZeRO-2`, `FSDP2` and the like; `ZeRO` if its stage stands in a DeepSpeed file; None if not asked.
+        sharding: `ZeRO-2`, `FSDP2` and the like; `ZeRO`, `FSDP` if more is in a file; None if not asked.
         mixed_precision: `bf16`, `fp16`, `fp8`; None if not asked.
     """
 
@@ -103,7 +103,7 @@ def check_sharding(launch: Launch, sharding: str, precision: str) -> None:
         LaunchError: Something asked for is not in force.
     """
     asked = launch.sharding
-    if asked is not None and not (sharding == asked or (asked == "ZeRO" and sharding.startswith("ZeRO-"))):
+    if asked is not None and not (sharding == asked or (asked in ("ZeRO", "FSDP") and sharding.startswith(asked))):
         raise LaunchError(
             f"launch: {asked} was asked for, {sharding} is in force; FSDP and ZeRO need GPUs that the processes can "
             "see (ZeRO also works on a CPU without ACCELERATE_USE_CPU)"
@@ -141,5 +141,9 @@ def trainer_line(trainer: Trainer) -> str:
         LaunchError: See `check_sharding`.
     """
     sharding, precision = sharding_of(trainer.accelerator), trainer.accelerator.mixed_precision
-    check_sharding(launch_of(os.environ), sharding, precision)
+    launch = launch_of(os.environ)
+    if launch.sharding is None:  # a recipe has keys for it as well
+        own = "ZeRO" if trainer.args.deepspeed else "FSDP" if trainer.args.fsdp else None
+        launch = replace(launch, sharding=own)
+    check_sharding(launch, sharding, precision)
     return f"sharding {sharding}, mixed precision {precision}"

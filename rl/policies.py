@@ -30,6 +30,8 @@ class Measurement:
         sleep_right: How right sleep is, in [0, 1]: the share of the taught notes' rows that the model's have as well,
             or the accuracy of answers from states that are tensors; NaN where nothing sleeps.
         hacks: Mode -> flag of `siesta.rewards.hacking` -> share of the mode's samples that raise it.
+        drawn_scores, drawn_answers: Of each single sample, (I, M, K), where a vote or pass@k needs them: score, NaN
+            if the verifier failed, and number of its answer (`siesta.rl.voting.ballot_number`).
     """
 
     modes: list[str]
@@ -46,6 +48,8 @@ class Measurement:
     unscorable: int = 0
     sleep_right: float = float("nan")
     hacks: dict[str, dict[str, float]] = field(default_factory=dict)
+    drawn_scores: np.ndarray | None = None
+    drawn_answers: np.ndarray | None = None
 
 
 def one_hot(columns: np.ndarray, num_modes: int) -> np.ndarray:

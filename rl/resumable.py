@@ -38,6 +38,7 @@ from siesta.data.errors import CheckpointError, UserError
 from siesta.rl import checkpoints
 from siesta.rl.checkpoints import UNFINISHED
 from siesta.rl.generation import replaced
+from siesta.rl.heartbeat import Heartbeat
 from siesta.rl.signals import StopOnSignal
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,28 @@ class EpochOrder(Sampler[int]):
         return len(cast(Sized, self.rows))
 
 
+class EpochShuffle(Sampler[int]):
+    """Rows shuffled anew in each epoch, by its number and the seed alone: the same on every rank, whatever numbers
+    that has drawn in between, and in a run resumed in a later epoch. The order is that of accelerate's
+    SeedableRandomSampler, which must be told the epoch: a sampler around it does not.
+
+    Args:
+        rows: How many.
+        seed: Of the first epoch; each later one counts it up.
+        epoch: The number of the epoch that begins.
+    """
+
+    def __init__(self, rows: int, seed: int, epoch: Callable[[], int]):
+        self.rows, self.seed, self.epoch = rows, seed, epoch
+
+    def __iter__(self) -> Iterator[int]:
+        draw = torch.Generator().manual_seed(self.seed + self.epoch())
+        return iter(torch.randperm(self.rows, generator=draw).tolist())
+
+    def __len__(self) -> int:
+        return self.rows
+
+
 def agreed(work: Callable[[], T]) -> T:
     """What `work` returns on the main process, or the UserError it ends in there, on every rank."""
     result: list[Any] = [None]
@@ -111,26 +134,37 @@ def only_data() -> Iterator[None]:
             os.environ[name] = before
 
 
-def train_on(trainer: Trainer, folder: Path, say: Callable[[str], None]) -> None:
+def train_on(trainer: "ResumableTrainer", folder: Path, say: Callable[[str], None]) -> None:
     """Train, from the newest intact checkpoint in `folder` if there is one.
 
     Raises:
         CheckpointError: See `newest_intact`; or a file of the checkpoint holds something else than data.
+        RankLost: Another rank is gone.
     """
     processes = PartialState().num_processes
     checkpoint = agreed(lambda: checkpoints.newest_intact(folder, processes, say))
-    try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{checkpoint}: a file in it holds something else than data and was not loaded; delete the folder to go "
-            "on from an older one"
-        ) from error
+    heartbeat = Heartbeat(folder, trainer.args.ddp_timeout)
+    trainer.reached = heartbeat.reach
+    trainer.add_callback(heartbeat)
+    with heartbeat:
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{checkpoint}: a file in it holds something else than data and was not loaded; delete the folder to "
+                "go on from an older one"
+            ) from error
+        except RuntimeError as error:  # perhaps of a collective
+            if (lost := heartbeat.gone()) is not None:
+                raise lost from error
+            raise
+    trainer.remove_callback(heartbeat)
 
 
 class ResumableTrainer(Trainer):
     """A Trainer with whole checkpoints. Stands before TRL's trainer among the bases."""
 
+    reached: Callable[[str], None] = staticmethod(lambda point: None)  # called at points that every rank passes
     _folder: Path | None = None  # where a checkpoint is being written
     _sealed_step = 0
 
@@ -221,7 +255,7 @@ class ResumableTrainer(Trainer):
     # ---- what a checkpoint holds beside transformers' files ---------------------------------------------------------
 
     def _progress_file(self, checkpoint: str | Path) -> Path:
-        return Path(checkpoint) / f"progress_{self.args.process_index}.pt"
+        return Path(checkpoint) / checkpoints.PROGRESS.format(rank=self.args.process_index)
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)

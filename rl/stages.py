@@ -29,7 +29,7 @@ from siesta.rl.policies import Measurement
 from siesta.rl.precision import default_device, mixed_by_default
 from siesta.rl.quantize import quantization_config
 from siesta.rl.report import write_report
-from siesta.rl.resumable import train_on
+from siesta.rl.resumable import ResumableTrainer, train_on
 from siesta.rl.run import write_atomically
 from siesta.rl.signals import StopOnSignal
 from siesta.rl.sleep.factory import build_consolidator
@@ -130,6 +130,7 @@ def warmup_config(context: Context) -> SFTConfig:
     """The recipe's `warmup:` section as a config."""
     # max_length None: TRL would cut long rows without a word; the prompt limit has been checked.
     fields = {"save_strategy": "no", "max_length": None} | context.recipe.warmup.trainer_fields()
+    fields.setdefault("ddp_timeout", context.recipe.rl.setting("ddp_timeout"))  # of the process group, which is there
     try:
         config = SFTConfig(**trainer_settings(context, "warmup", fields))
     except ValueError as error:
@@ -194,7 +195,7 @@ def check_first_batch(context: Context, trainer: SFTTrainer) -> None:
     check_stage_ids("warm-up", expected, found)
 
 
-def train(context: Context, trainer: Trainer, stage: str) -> None:
+def train(context: Context, trainer: ResumableTrainer, stage: str) -> None:
     """Train, from the stage's newest intact checkpoint if there is one."""
     train_on(trainer, context.path / stage, context.say)
 

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,10 +16,11 @@ class Phases:
 
     Args:
         device: Work on it is waited for at the borders of a phase, so that a phase holds its own work.
+        entered: Is told of each phase that begins.
     """
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device, entered: Callable[[str], None] = lambda phase: None):
+        self.device, self.entered = device, entered
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.tokens: Counter[str] = Counter()
         self._running: list[str] = []
@@ -37,6 +38,7 @@ class Phases:
         """Time goes to `phase` from now on."""
         self._charge()
         self._running.append(phase)
+        self.entered(phase)
 
     def leave(self) -> None:
         """Time goes to the phase around the one at hand."""

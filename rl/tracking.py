@@ -16,8 +16,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from transformers import TrainerCallback
 from transformers.integrations import integration_utils
-from transformers.integrations.integration_utils import WandbCallback
+from transformers.integrations.integration_utils import TensorBoardCallback, TrackioCallback, WandbCallback
 
 from siesta.data.errors import RecipeError
 from siesta.rl.recipe import TrackingSection
@@ -40,25 +41,27 @@ def attempt(what: str, work: Callable[[], object]) -> bool:
     return True
 
 
-class SteadyWandb(WandbCallback):
-    """transformers' callback, which falls silent when wandb fails instead of ending the run."""
+EVENTS = ("on_train_begin", "on_log", "on_save", "on_train_end")  # those that a training fires
 
-    def _attempt(self, work: Callable[[], object]) -> None:
-        if not attempt("wandb", work):
-            self._wandb = None  # every event of the base class looks at this first
 
-    def on_train_begin(self, *args, **kwargs):
-        self._attempt(lambda: super(SteadyWandb, self).on_train_begin(*args, **kwargs))
+def steady(name: str, kind: type[TrainerCallback]) -> type[TrainerCallback]:
+    """A tracker's callback of transformers that falls silent when the tracker fails, instead of ending the run."""
 
-    def on_log(self, *args, **kwargs):
-        self._attempt(lambda: super(SteadyWandb, self).on_log(*args, **kwargs))
+    def guarded(event: str) -> Callable[..., None]:
+        def call(self, *args, **kwargs):
+            if not self.given_up:
+                self.given_up = not attempt(name, lambda: getattr(kind, event)(self, *args, **kwargs))
 
-    def on_save(self, *args, **kwargs):
-        if self._wandb is not None:
-            self._attempt(lambda: super(SteadyWandb, self).on_save(*args, **kwargs))
+        return call
 
-    def on_train_end(self, *args, **kwargs):
-        self._attempt(lambda: super(SteadyWandb, self).on_train_end(*args, **kwargs))
+    return type(f"Steady{kind.__name__}", (kind,), {"given_up": False, **{event: guarded(event) for event in EVENTS}})
+
+
+STEADY = {
+    "wandb": steady("wandb", WandbCallback),
+    "tensorboard": steady("tensorboard", TensorBoardCallback),
+    "trackio": steady("trackio", TrackioCallback),
+}
 
 
 def wandb_server() -> str:
@@ -106,9 +109,10 @@ def start_trackers(section: TrackingSection, run_dir: Path) -> list[str]:
             os.environ["WANDB_MODE"] = "online" if has_wandb_key() and answers(wandb_server()) else "offline"
         os.environ.setdefault("WANDB_DIR", str(run_dir))
         os.environ.setdefault("WANDB_PROJECT", section.project)
-        integration_utils.INTEGRATION_TO_CALLBACK["wandb"] = SteadyWandb
     if "trackio" in section.report_to:
         os.environ.setdefault("TRACKIO_DIR", str(run_dir / "trackio"))
     if "tensorboard" in section.report_to:
         os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(run_dir / "tensorboard"))
+    for name in section.report_to:
+        integration_utils.INTEGRATION_TO_CALLBACK[name] = STEADY[name]
     return list(section.report_to)

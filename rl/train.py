@@ -3,8 +3,8 @@
     accelerate launch --config_file recipes/accelerate/cpu.yaml -m siesta.rl.train recipes/quickstart.yaml
     siesta train quickstart rl.tau=0.3 tracking.run=warmer --dry-run
 
-Exit code 2: the input cannot be used, one line says why. 3: a guard ended the run. 143, 130: SIGTERM, SIGINT did, and
-the same command goes on.
+Exit code 2: the input cannot be used, one line says why. 3: a guard ended the run. 4: a rank died or stalled. 143,
+130: SIGTERM, SIGINT ended it. After 4, 143 and 130 the same command goes on.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from siesta.rl.config import DeGRPOConfig, check_method
 from siesta.rl.console import quiet_libraries
 from siesta.rl.context import Context
 from siesta.rl.guards import GuardStop
+from siesta.rl.heartbeat import EXIT_CODE, RankLost
 from siesta.rl.launch import world_line
 from siesta.rl.machine import check_engine, check_machine, memory_estimate
 from siesta.rl.memory import zero_stage
@@ -175,6 +176,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except GuardStop as stop:
         print(f"siesta: stopped: {stop}", file=sys.stderr)
         return 3
+    except RankLost as lost:
+        if str(lost):
+            print(f"siesta: error: {lost}", file=sys.stderr)
+        return EXIT_CODE
     except SignalStop as stop:
         print(f"siesta: {stop}", file=sys.stderr)
         return stop.exit_code

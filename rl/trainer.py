@@ -63,14 +63,16 @@ class DeGRPOTrainer(FiniteSteps, ResumableTrainer, GRPOTrainer):
             model=model, reward_funcs=[self.reward_function], args=args, processing_class=judge.tokenizer, **kwargs
         )
         # Trackers have their callbacks by now. TRL would also hand them its timings and its table of completions by
-        # itself, past what keeps their failures from the run. Ours are `time/...` and samples.jsonl.
+        # itself, past what keeps their failures from the run. Ours are `time/...` and samples (`SampleFile`).
         args.report_to = []
         self.method = args
         self.max_skipped_steps = args.max_skipped_steps
         self.group = args.group
-        models = [model for model in (self.model, self.ref_model) if model is not None]
+        # DeepSpeed has wrapped the reference model already, and not yet the trained one.
+        models = [self.accelerator.unwrap_model(model) for model in (self.model, self.ref_model) if model is not None]
         self.passes = self._make_passes(cast(list[torch.nn.Module], models))
-        self.phases = Phases(self.accelerator.device)
+        self.phases = Phases(self.accelerator.device, lambda phase: self.reached(phase))
+        self.reward_function.done = lambda: self.reached("rewards are there")
         self.add_callback(OptimizerPhase(self.phases))
         self._logged_step = self._bad_rewards = 0
 
@@ -276,6 +278,7 @@ class DeGRPOTrainer(FiniteSteps, ResumableTrainer, GRPOTrainer):
             None if used_up else [{k: v.clone() for k, v in rows.items()} for rows in self._buffered_inputs or []]
         )
         own = {"step": self._step, "rollouts": rollouts, "means_step": self._logged_step, "flops": self.passes.flops}
+        own["judged"] = None if used_up else self.reward_function.state_dict()
         return super()._progress() | own | {"seconds": dict(self.phases.seconds), "tokens": dict(self.phases.tokens)}
 
     def _go_on(self, progress):
@@ -284,6 +287,8 @@ class DeGRPOTrainer(FiniteSteps, ResumableTrainer, GRPOTrainer):
         self._buffered_inputs = rollouts and [
             {key: value.to(device) for key, value in rows.items()} for rows in rollouts
         ]
+        if progress["judged"] is not None:
+            self.reward_function.load_state_dict(progress["judged"])
         self._step = progress["step"]
         self._logged_step, self.passes.flops = progress["means_step"], progress["flops"]
         self.phases.seconds.update(progress["seconds"])

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import RandomSampler, Sampler
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTTrainer
 
@@ -18,7 +18,7 @@ from siesta.rl.guards import FiniteSteps
 from siesta.rl.machine import compute_dtype
 from siesta.rl.packing import lay_out
 from siesta.rl.passes import layers_of, without_adapters
-from siesta.rl.resumable import ResumableTrainer
+from siesta.rl.resumable import EpochShuffle, ResumableTrainer
 from siesta.rl.warmup import IGNORED
 
 
@@ -56,6 +56,13 @@ class WarmupTrainer(FiniteSteps, ResumableTrainer, SFTTrainer):
         if compiled and not is_deepspeed_zero3_enabled():
             for layer in layers_of(model):
                 layer.compile(dynamic=True)
+
+    def _get_train_sampler(self, train_dataset=None):
+        order = super()._get_train_sampler(train_dataset)
+        if type(order) is not RandomSampler:  # the recipe asks for another strategy
+            return order
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return EpochShuffle(len(order), seed, self._epoch)
 
     def _progress(self):
         return super()._progress() | {"tokens": self._total_train_tokens}

@@ -239,20 +239,31 @@ def test_samples_are_json_lines(tmp_path: Path) -> None:
     ]
 
 
-def test_a_resumed_training_repeats_no_sample(tmp_path: Path) -> None:
+@pytest.mark.parametrize("resumed_at", [0, 8])
+def test_samples_of_steps_that_are_done_again_do_not_stand_twice(tmp_path: Path, resumed_at: int) -> None:
     file = tmp_path / "samples.jsonl"
-    rows = [{"step": step, "response": "\u2028" if step == 1 else "7"} for step in (1, 1, 2, 3)]
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    file.write_text("".join(lines) + '{"step": 3, "resp', encoding="utf-8")
-    own = SampleFile(file, lambda: [{"response": "8"}], to_wandb=False)
-    own.on_train_begin(ARGS, state(2, main=False), TrainerControl())
-    assert file.read_text(encoding="utf-8").endswith("resp"), "the main process alone writes"
-    own.on_train_begin(ARGS, state(2), TrainerControl())
-    assert file.read_text(encoding="utf-8") == "".join(lines[:3])
-    for step in (3, 4, 4):  # the last log of a training is its summary
+    own = SampleFile(file, lambda: [{"response": "a\u2028b"}], to_wandb=False)
+    for step in (4, 8, 12):
         own.on_log(ARGS, state(step), TrainerControl(), logs={})
-    steps = [json.loads(line)["step"] for line in file.read_text(encoding="utf-8").split("\n") if line]
-    assert steps == [1, 1, 2, 3, 4]
+    before = file.read_text(encoding="utf-8")
+    file.write_text(before + '{"step": 12, "resp', encoding="utf-8")
+    own.on_train_begin(ARGS, state(resumed_at, main=False), TrainerControl())
+    own.on_train_begin(ARGS, state(resumed_at), TrainerControl())
+    kept = [line for line in before.split("\n")[:-1] if json.loads(line)["step"] <= resumed_at]
+    assert file.read_text(encoding="utf-8") == "".join(line + "\n" for line in kept)
+    assert len(kept) == resumed_at // 4
+
+
+@pytest.mark.parametrize("resumed_at", [0, 4])
+def test_the_summary_of_a_training_repeats_no_sample(tmp_path: Path, resumed_at: int) -> None:
+    """It is another log of the last step, be it of this training or of the one that it went on from."""
+    file = tmp_path / "samples.jsonl"
+    own = SampleFile(file, lambda: [{"response": "7"}], to_wandb=False)
+    own.on_train_begin(ARGS, state(resumed_at), TrainerControl())
+    for step in (4, 4):
+        own.on_log(ARGS, state(step), TrainerControl(), logs={})
+    assert file.exists() == (resumed_at == 0)
+    assert not file.exists() or len(file.read_text().splitlines()) == 1
 
 
 def test_no_samples_leave_no_file(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset
 from safetensors import SafetensorError
 from transformers import Trainer, TrainerCallback
@@ -23,12 +24,13 @@ from trl.trainer.utils import RepeatSampler
 
 from siesta.data.errors import CheckpointError
 from siesta.rl import checkpoints, resumable
+from siesta.rl.callbacks import SampleFile
 from siesta.rl.checkpoints import MANIFEST, UNFINISHED, check_intact, newest_intact, prune, seal
 from siesta.rl.config import DeGRPOConfig
-from siesta.rl.resumable import EpochOrder, only_data, train_on
+from siesta.rl.resumable import EpochOrder, EpochShuffle, only_data, train_on
 from siesta.rl.signals import SignalStop, StopOnSignal, StopRequest
 from siesta.rl.trainer import DeGRPOTrainer
-from siesta.rl.warmup_trainer import WarmupTrainer
+from siesta.rl.warmup_trainer import SortedWarmupTrainer, WarmupTrainer
 from tests.helpers import one_step, parameters, save_tiny_model, tiny_judge
 from tests.test_trainer import dataset
 
@@ -154,6 +156,17 @@ def test_a_folder_without_a_manifest_is_not_taken(stage: Path) -> None:
 def test_another_number_of_processes_is_refused(stage: Path) -> None:
     with pytest.raises(CheckpointError, match=r"written by 1 process\(es\), this run has 2; launch 1, or delete"):
         newest_intact(stage, 2, pytest.fail)
+
+
+def test_a_checkpoint_of_weights_alone_is_not_gone_on_from(tmp_path: Path) -> None:
+    build(tmp_path, save_only_model=True).train()
+    again = build(tmp_path, save_only_model=True)
+    with pytest.raises(CheckpointError) as error:
+        train_on(again, tmp_path / "out", pytest.fail)
+    assert str(error.value) == (
+        f"{tmp_path}/out/checkpoint-1: holds weights alone (save_only_model), and training cannot go on from these; "
+        f"delete {tmp_path}/out to start the stage anew"
+    )
 
 
 # ---- saves that do not end -----------------------------------------------------------------------------------------
@@ -446,11 +459,20 @@ WINDOWS: dict[str, dict[str, Any]] = {
 }
 
 
-def rows_of(trainer: Trainer) -> list[dict]:
+def without_clock(logs: list[dict]) -> list[dict]:
     """Everything that was logged, without what a clock or the end of the training says."""
-    return [
-        {key: value for key, value in row.items() if not key.startswith(CLOCK)} for row in trainer.state.log_history
-    ]
+    return [{key: value for key, value in row.items() if not key.startswith(CLOCK)} for row in logs]
+
+
+def rows_of(trainer: Trainer) -> list[dict]:
+    """Of a trainer's own log."""
+    return without_clock(trainer.state.log_history)
+
+
+def sampled(trainer: DeGRPOTrainer, file: Path) -> Path:
+    """Have the trainer write samples into `file`."""
+    trainer.add_callback(SampleFile(file, lambda: trainer.reward_function.samples(4), to_wandb=False))
+    return file
 
 
 def assert_equal(one: Any, other: Any, where: str) -> None:
@@ -473,11 +495,17 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_by_bit(tmp_path: Path, window:
     """Six steps of two prompts, of four in the data; from a checkpoint after three, in the middle of everything."""
     settings = WINDOWS[window] | {"max_steps": 6, "lr_scheduler_type": "linear"}
     straight = build(tmp_path / "straight", dataset(4), **settings)
+    files = [sampled(straight, tmp_path / "straight.jsonl"), tmp_path / "resumed.jsonl"]
     straight.train()
     stage = tmp_path / "stage"
     shutil.copytree(tmp_path / "straight" / "out" / "checkpoint-3", stage / "checkpoint-3")
     resumed = build(tmp_path, dataset(4), **(settings | {"output_dir": str(stage)}))
+    # The interrupted run came two steps further than its checkpoint, and into the middle of a row.
+    lines = files[0].read_text().splitlines(keepends=True)
+    files[1].write_text("".join(line for line in lines if json.loads(line)["step"] <= 5) + lines[-1][:9])
+    sampled(resumed, files[1])
     train_on(resumed, stage, pytest.fail)
+    assert files[0].read_text() == files[1].read_text()
     assert torch.equal(*(parameters(cast(torch.nn.Module, one.model)) for one in (straight, resumed)))
     ends = [folder / "checkpoint-6" for folder in (tmp_path / "straight" / "out", stage)]
     assert (ends[0] / "model.safetensors").read_bytes() == (ends[1] / "model.safetensors").read_bytes()
@@ -553,14 +581,24 @@ def test_the_order_of_an_epoch_depends_on_its_number_alone() -> None:
     assert list(repeated()) != orders[1]  # what a run resumed in its second epoch would see
 
 
-def test_a_resumed_warmup_is_the_undisturbed_one(tmp_path: Path) -> None:
-    rows = Dataset.from_list([{"prompt": f"{n}+1=", "completion": str(n + 1)} for n in range(8)])
+def test_an_epoch_is_shuffled_as_by_the_library_by_its_number_alone() -> None:
+    library = SeedableRandomSampler(cast(Any, range(20)), data_seed=3)
+    orders = [list(library) for _ in range(3)]
+    assert orders[0] != orders[1] != orders[2]
+    for epoch in (2, 0, 1):
+        torch.rand(epoch)
+        assert list(EpochShuffle(20, 3, lambda epoch=epoch: epoch)) == orders[epoch]
+
+
+@pytest.mark.parametrize("kind", [WarmupTrainer, SortedWarmupTrainer])
+def test_a_resumed_warmup_is_the_undisturbed_one(tmp_path: Path, kind: type[WarmupTrainer]) -> None:
+    rows = Dataset.from_list([{"prompt": f"{n}+1=", "completion": str(n) * (n % 3 + 1)} for n in range(8)])
     save_tiny_model(tmp_path / "model")
     settings = one_step(tmp_path) | {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "logging_steps": 2}
     trainers = []
     for name in ("straight", "resumed"):
         args = SFTConfig(**(settings | {"output_dir": str(tmp_path / name), "per_device_train_batch_size": 4}))
-        trainers.append(WarmupTrainer(model=str(tmp_path / "model"), args=args, train_dataset=rows))
+        trainers.append(kind(model=str(tmp_path / "model"), args=args, train_dataset=rows))
         train_on(trainers[-1], tmp_path / name, pytest.fail)
         if name == "straight":
             shutil.copytree(tmp_path / name / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")

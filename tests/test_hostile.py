@@ -19,7 +19,8 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, WandbCallback
-from trl.extras import profiling
+from trl import GRPOTrainer
+from trl.extras.profiling import profiling_context
 
 from siesta.data.credentials import credential_in
 from siesta.data.errors import DataError, ModelError, RecipeError
@@ -31,7 +32,7 @@ from siesta.rl.judge import RewardFunction, build_judge
 from siesta.rl.models import load_weights, make_tokenizer, model_config
 from siesta.rl.origin import Origin, find_origin
 from siesta.rl.recipe import load_recipe
-from siesta.rl.tracking import SteadyWandb
+from siesta.rl.tracking import STEADY
 from tests.given import GivenRollouts
 from tests.helpers import save_tiny_model, tiny_judge
 from tests.test_trainer import build
@@ -427,17 +428,17 @@ class DyingWandb:
             raise BrokenPipeError("the service is gone")
 
 
-def with_wandb(trainer: Trainer, kind: type[WandbCallback], wandb: DyingWandb) -> Trainer:
-    callback = kind()
-    callback._wandb, callback._initialized = cast(Any, wandb), True
-    trainer.add_callback(cast(TrainerCallback, callback))
+def with_wandb(trainer: Trainer, kind: type[TrainerCallback], wandb: DyingWandb) -> Trainer:
+    callback: Any = kind()
+    callback._wandb, callback._initialized = wandb, True
+    trainer.add_callback(callback)
     return trainer
 
 
 def test_training_goes_on_when_wandb_dies(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("wandb")
     wandb, file = DyingWandb(), tmp_path / "metrics.jsonl"
-    trainer = with_wandb(build(tmp_path, kind=GivenRollouts, max_steps=3), SteadyWandb, wandb)
+    trainer = with_wandb(build(tmp_path, kind=GivenRollouts, max_steps=3), STEADY["wandb"], wandb)
     trainer.add_callback(MetricsFile(file, "rl"))
     trainer.train()
     rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -455,23 +456,24 @@ def test_negative_control_transformers_callback_ends_the_run(tmp_path: Path) -> 
         with_wandb(build(tmp_path, kind=GivenRollouts, max_steps=3), WandbCallback, DyingWandb()).train()
 
 
-@pytest.mark.parametrize("kept_from_trl", [True, False])
-def test_trl_hands_nothing_to_wandb_itself(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept_from_trl: bool
-) -> None:
-    """In a step, where nothing would keep its failure from the run. Without our care it does."""
-    pytest.importorskip("wandb")
-    wandb = DyingWandb()
-    monkeypatch.setattr(profiling, "wandb", wandb)
+def test_trl_hands_nothing_to_wandb_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its timings of a step and its table of completions, where nothing would keep a failure from the run."""
+    wandb = pytest.importorskip("wandb")
+
+    def log(values: dict) -> None:
+        raise BrokenPipeError("the service is gone")
+
+    monkeypatch.setattr(wandb, "run", object())
+    monkeypatch.setattr(wandb, "log", log)
     monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "wandb", TrainerCallback)
-    trainer = build(tmp_path, kind=GivenRollouts, max_steps=2, report_to=["wandb"])
-    if kept_from_trl:
-        trainer.train()
-        assert wandb.logged == []
-        return
-    trainer.args.report_to = ["wandb"]
+    trainer = build(tmp_path, kind=GivenRollouts, log_completions=True, report_to=["wandb"])
+    trainer.train()
+    assert list((tmp_path / "out" / "completions").iterdir())
+    trainer.args.report_to = ["wandb"]  # negative controls
     with pytest.raises(BrokenPipeError):
-        trainer.train()
+        GRPOTrainer.log(trainer, {})
+    with pytest.raises(BrokenPipeError), profiling_context(trainer, "step"):
+        pass
 
 
 def test_the_table_of_samples_is_given_up_too(

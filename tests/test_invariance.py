@@ -408,7 +408,8 @@ def test_mode_policy_is_the_renormalised_first_position(
 
 
 def greedy(model: PreTrainedModel, prompts: list[list[int]], mode: Mode, **settings) -> list[list[int]]:
-    return complete(model, prompts, mode, temperature=None, **{"batch_size": 1, "pad_id": 0, "eos_id": 1} | settings)
+    defaults: dict[str, Any] = {"batch_size": 1, "pad_id": 0, "eos_id": 1}
+    return complete(model, prompts, mode, temperature=None, **defaults | settings)
 
 
 @pytest.mark.parametrize("column", [0, 1])
@@ -498,7 +499,7 @@ def test_completions_ignore_the_generation_config_of_the_model(
 
     def responses() -> list[list[list[int]]]:
         torch.manual_seed(0)
-        settings = {"batch_size": 4, "pad_id": 0, "eos_id": 1}
+        settings: dict[str, Any] = {"batch_size": 4, "pad_id": 0, "eos_id": 1}
         return [complete(model, prompts * 5, modes[1], temperature=heat, **settings) for heat in (None, 1.0)]
 
     plain = responses()

@@ -17,7 +17,7 @@ from accelerate.utils.launch import (
 )
 
 from siesta.data.errors import LaunchError
-from siesta.rl.launch import Launch, check_processes, check_sharding, launch_of, sharding_of
+from siesta.rl.launch import Launch, check_processes, check_sharding, launch_of, sharding_of, trainer_line
 from siesta.rl.train import main
 
 FOLDER = Path(__file__).parents[1] / "recipes" / "accelerate"
@@ -164,6 +164,8 @@ def test_one_process_does_not_take_several_gpus() -> None:
         ("ZeRO-2", "ZeRO-2", True),
         ("ZeRO", "ZeRO-3", True),
         ("FSDP2", "FSDP2", True),
+        ("FSDP", "FSDP2", True),
+        ("FSDP", "DDP", False),
         ("ZeRO-3", "ZeRO-2", False),
         ("ZeRO-2", "DDP", False),
         ("ZeRO", "none", False),
@@ -178,6 +180,18 @@ def test_sharding_is_the_one_asked_for(asked: str | None, in_force: str, fits: b
         return
     with pytest.raises(LaunchError, match=f"{asked} was asked for, {in_force} is in force"):
         check_sharding(launch, in_force, "no")
+
+
+@pytest.mark.usefixtures("bare")
+@pytest.mark.parametrize(("keys", "asked"), [({"deepspeed": "ds.json"}, "ZeRO"), ({"fsdp": True}, "FSDP")])
+def test_what_a_recipe_asks_for_is_in_force_too(keys: dict[str, Any], asked: str) -> None:
+    """ACCELERATE_USE_CPU turns DeepSpeed off without a word."""
+    accelerator = SimpleNamespace(distributed_type=DistributedType.MULTI_CPU, num_processes=2, mixed_precision="no")
+    trainer: Any = SimpleNamespace(args=SimpleNamespace(deepspeed=None, fsdp=False), accelerator=accelerator)
+    assert trainer_line(trainer) == "sharding DDP, mixed precision no"
+    trainer.args = SimpleNamespace(**({"deepspeed": None, "fsdp": False} | keys))
+    with pytest.raises(LaunchError, match=f"{asked} was asked for, DDP is in force"):
+        trainer_line(trainer)
 
 
 def test_mixed_precision_is_the_one_asked_for() -> None:

@@ -110,7 +110,7 @@ def test_a_reader_sees_notes_in_the_place_of_the_context_or_beside_it() -> None:
     example = Example("x", "the context", "the query", "42", meta={"level": 2})
     read = sleeper().reader(example, "notes")
     assert (read.context, read.query, read.answer, read.level) == ("notes", "the query", "42", 2)
-    assert sleeper(keep_context=True).reader(example, "notes").context == "the context\nnotes"
+    assert sleeper(keep_context=True).reader(example, "notes").context == "the context\n<sleep> notes"
     assert sleeper(keep_context=True).reader(example, "").context == "the context"
     assert messages(sleeper().reader(example, "")) == [{"role": "user", "content": "the query"}]
 
@@ -199,7 +199,7 @@ def test_readers_who_keep_the_context_are_shown_other_notes_too_and_work_from_th
     for example, read in zip(examples, reader_examples(examples, sleeper(keep_context=True), seed=0), strict=True):
         assert read.meta["responses"] == example.meta["responses"]
         assert read.context.startswith(example.context)
-        notes = read.context.removeprefix(example.context).strip()
+        notes = read.context.removeprefix(example.context).removeprefix("\n<sleep>").strip()
         counts["none" if not notes else "own" if notes == kept(example.meta["notes"]) else "shuffled"] += 1
     assert min(counts.values()) > 150
 
@@ -247,7 +247,7 @@ def test_what_cannot_be_taught_is_refused() -> None:
     with pytest.raises(DataError, match=r"^row 8: no responses of a reader of notes; set sleep\.keep_context: true$"):
         reader_examples([blind] * 9, sleeper(), seed=0)
     read = reader_examples([blind] * 9, sleeper(keep_context=True), seed=0)
-    assert {example.context for example in read} <= {"context", "context\nn"}
+    assert {example.context for example in read} <= {"context", "context\n<sleep> n"}
 
 
 def test_writer_and_reader_meet_in_the_same_words() -> None:

@@ -119,7 +119,7 @@ def from_whole_prompts(sleeper: Sleeper, asked: list[Example], read: list[dict])
     """The road that evaluation takes without sleep."""
     full = [replace(each, context=CONTEXTS[row["context_id"]]) for each, row in zip(asked, read, strict=True)]
     prompts = [prompt_ids(sleeper.tokenizer, messages(each, "")) for each in full]
-    ends = {"pad_id": pad_id(sleeper.tokenizer), "eos_id": end_id(sleeper.tokenizer)}
+    ends: dict[str, Any] = {"pad_id": pad_id(sleeper.tokenizer), "eos_id": end_id(sleeper.tokenizer)}
     return complete(sleeper.model, prompts, sleeper.modes[1], temperature=None, batch_size=1, **ends)
 
 

@@ -8,18 +8,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
-from transformers.integrations.integration_utils import (
-    INTEGRATION_TO_CALLBACK,
-    WandbCallback,
-    get_reporting_integration_callbacks,
-)
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_reporting_integration_callbacks
 
 from siesta.data.errors import RecipeError
 from siesta.rl import tracking
 from siesta.rl.recipe import TrackingSection
-from siesta.rl.tracking import SteadyWandb, answers, has_wandb_key, start_trackers
+from siesta.rl.tracking import EVENTS, STEADY, answers, has_wandb_key, start_trackers, steady
 
 KEY = "0" * 40
 NAMES = (
@@ -68,7 +66,8 @@ def wandb_answers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The servers that were asked for; all of them answer. Which callback transformers takes is put back."""
     asked: list[str] = []
     monkeypatch.setattr(tracking, "answers", lambda server: asked.append(server) is None)
-    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "wandb", WandbCallback)
+    for name in STEADY:
+        monkeypatch.setitem(INTEGRATION_TO_CALLBACK, name, INTEGRATION_TO_CALLBACK[name])
     return asked
 
 
@@ -216,9 +215,41 @@ def test_a_key_of_a_server_of_one_s_own(tmp_path: Path) -> None:
     assert has_wandb_key()
 
 
-def test_trainers_get_the_callback_that_does_not_end_the_run(tmp_path: Path) -> None:
-    assert get_reporting_integration_callbacks(["wandb"]) == [WandbCallback], "negative control"
-    assert get_reporting_integration_callbacks(start_trackers(wandb_section(), tmp_path)) == [SteadyWandb]
+@pytest.mark.parametrize("name", ["wandb", "tensorboard", "trackio"])
+def test_trainers_get_the_callback_that_does_not_end_the_run(tmp_path: Path, name: str) -> None:
+    plain = INTEGRATION_TO_CALLBACK[name]
+    section = TrackingSection.model_validate({"report_to": [name]})
+    assert get_reporting_integration_callbacks(start_trackers(section, tmp_path)) == [STEADY[name]] != [plain]
+    assert issubclass(STEADY[name], plain)
+
+
+def failing_at(event: str) -> type[TrainerCallback]:
+    """A tracker's callback whose `event` fails, and which keeps the events that it has seen."""
+
+    def method(name: str):
+        def call(self, args, state, control, **kwargs) -> None:
+            self.seen.append(name)
+            if name == event:
+                raise BrokenPipeError("the service\nis gone")
+
+        return call
+
+    return type("Tracker", (TrainerCallback,), {"seen": [], **{name: method(name) for name in EVENTS}})
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_a_tracker_that_fails_is_given_up_with_one_line(event: str, caplog: pytest.LogCaptureFixture) -> None:
+    args, state, control = TrainingArguments, TrainerState(), TrainerControl()
+    own: Any = steady("tensorboard", failing_at(event))()
+    for name in EVENTS * 2:
+        getattr(own, name)(args, state, control, model=None, logs={})
+    assert own.seen == list(EVENTS[: EVENTS.index(event) + 1])
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == (
+        "tensorboard is given up: BrokenPipeError: the service is gone; the run goes on, metrics.jsonl is complete"
+    )
+    with pytest.raises(BrokenPipeError):  # negative control
+        getattr(failing_at(event)(), event)(args, state, control)
 
 
 # ---- when it is decided --------------------------------------------------------------------------------------------

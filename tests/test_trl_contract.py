@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 import torch
 from transformers import Trainer
-from transformers.integrations.integration_utils import WandbCallback
+from transformers.integrations.integration_utils import TensorBoardCallback, TrackioCallback, WandbCallback
 from trl import GRPOConfig, GRPOTrainer, SFTTrainer
 from trl.trainer.grpo_trainer import shuffle_sequence_dict, split_tensor_dict
 from trl.trainer.utils import RepeatSampler
@@ -18,6 +18,7 @@ from siesta.rl.config import REFUSED
 from siesta.rl.guards import FiniteSteps
 from siesta.rl.resumable import ResumableTrainer
 from siesta.rl.sleep.context_trainer import ContextTrainer
+from siesta.rl.tracking import EVENTS
 from siesta.rl.trainer import DeGRPOTrainer
 
 SEAMS = {
@@ -162,11 +163,16 @@ def test_batch_entries_are_shuffled_and_split_by_row():
         assert part["count"] == 6
 
 
-def test_a_wandb_callback_without_wandb_does_nothing():
-    """SteadyWandb takes the module away to silence its base; `on_save` looks at nothing, so it asks itself."""
-    for event in ("on_train_begin", "on_log", "on_train_end"):
-        source = inspect.getsource(getattr(WandbCallback, event))
-        assert "        if self._wandb is None:\n            return\n" in source, event
+@pytest.mark.parametrize("kind", [WandbCallback, TensorBoardCallback, TrackioCallback])
+def test_trackers_do_nothing_at_other_events_of_a_training(kind: type):
+    """Those in EVENTS are guarded; there is no evaluation, no prediction and no push."""
+    others = {"on_evaluate", "on_predict", "on_push_begin"}
+    assert {name for name in vars(kind) if name.startswith("on_")} - others <= set(EVENTS)
+
+
+def test_grpo_trainer_asks_report_to_before_it_sends_a_table_itself():
+    source = inspect.getsource(GRPOTrainer.log)
+    assert source.count("logging_backends.append") == source.count("if self.args.report_to and") == 2
 
 
 def test_refused_settings_exist():

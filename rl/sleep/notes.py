@@ -135,9 +135,12 @@ class NotesSleep:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
     def reader(self, example: Example, notes: str) -> Example:
-        """The example as wake sees it: notes in the place of the context, or behind it."""
-        parts = [example.context, notes] if self.section.keep_context else [notes]
-        return replace(example, context="\n".join(part for part in parts if part))
+        """The example as wake sees it: notes in the place of the context, or behind it and the sleep token, which
+        tells where they begin.
+        """
+        if not self.section.keep_context:
+            return replace(example, context=notes)
+        return replace(example, context=f"{example.context}\n{self.mode.token} {notes}") if notes else example
 
     def write(self, write: Writer, contexts: Sequence[str], *, passes: int) -> tuple[Notes, list[SleepTokens]]:
         """Notes on each context, and the tokens of every pass; `write` answers prompts under the sleep token.

@@ -1,4 +1,8 @@
-"""Two processes take the step of one: uneven lengths, uneven modes, another split into passes, shared prompts."""
+"""Two processes take the steps of one and go on from a checkpoint bit by bit: DDP, ZeRO-1 to 3.
+
+A launch costs many times what it does, so that every case of a kind of sharding is in one (`train_tiny`): one launch
+of one process, and for each kind one that trains and one that goes on.
+"""
 
 import os
 import shutil
@@ -6,12 +10,15 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from siesta.rl.checkpoints import check_intact, read_manifest
+from tests.distributed.train_tiny import RESUMED, STEPS
 from tests.helpers import parameters, save_tiny_model, tiny_model
+from tests.test_checkpoints import without_clock
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -26,74 +33,117 @@ mixed_precision: 'no'
 use_cpu: true
 main_process_port: 0
 """
+needs_deepspeed = [
+    pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++: DeepSpeed compiles an extension"),
+]
+KINDS = ["ddp", *(pytest.param(f"zero{stage}", marks=needs_deepspeed) for stage in (1, 2, 3))]
 
 
-def launched(folder: Path, name: str, budget: int, launcher: list[str], *options: str) -> tuple[torch.Tensor, str]:
-    """The weights after training, and what kind of training the processes say it was."""
+def launched(folder: Path, name: str, launcher: list[str], *options: str) -> dict[str, Any]:
+    """What `train_tiny` writes: case -> outcome."""
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     if "accelerate.commands.launch" not in launcher:  # its own setting; beside it this one turns DeepSpeed off
         environment["ACCELERATE_USE_CPU"] = "true"
-    script = ["-m", "tests.distributed.train_tiny", str(folder), name, str(budget), *options]
+    script = ["-m", "tests.distributed.train_tiny", str(folder), name, *options]
     done = subprocess.run(  # much time: DeepSpeed compiles an extension when it is used for the first time
         [*launcher, *script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(folder / f"{name}.pt", weights_only=True), done.stdout.strip().splitlines()[-1]
+    return torch.load(folder / f"{'-'.join((name, *options))}.pt", weights_only=True)
+
+
+def launcher(folder: Path, kind: str) -> list[str]:
+    """The command that starts two processes."""
+    if kind == "ddp":
+        return TORCHRUN
+    file = folder / f"{kind}.yaml"
+    file.write_text(LAUNCH.format(stage=kind[-1], init=str(kind == "zero3").lower()))
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model, and as `alone.pt` what one process makes of it in one pass a step."""
     folder = tmp_path_factory.mktemp("equality")
     save_tiny_model(folder / "model")
-    weights, kind = launched(folder, "alone", 100_000, [sys.executable])
-    assert kind == "NO 1"
-    assert (weights - parameters(tiny_model())).abs().max() > 1e-2
     return folder
 
 
-def assert_as_alone(folder: Path, weights: torch.Tensor) -> None:
-    """Adam divides by the root of tiny second moments, which magnifies rounding; weights are of order 1."""
-    alone = torch.load(folder / "alone.pt", weights_only=True)
-    torch.testing.assert_close(weights, alone, rtol=0, atol=1e-6)
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, Any]:
+    """What one process makes of the model, in one pass a step."""
+    outcomes = launched(folder, "alone", [sys.executable])
+    assert outcomes["kind"] == "NO 1"
+    for case in STEPS:
+        assert (outcomes[case]["weights"] - parameters(tiny_model())).abs().max() > 1e-3, case
+    return outcomes
 
 
-def assert_goes_on(folder: Path, name: str, launcher: list[str], weights: torch.Tensor) -> None:
-    """Both ranks' part of the checkpoint after two of three steps is sealed, and leads to `weights` bit by bit."""
-    checkpoint = folder / name / "checkpoint-2"
-    check_intact(checkpoint)
-    files = read_manifest(checkpoint)["files"]
-    assert {f"{kind}_{rank}.{end}" for kind, end in (("rng_state", "pth"), ("progress", "pt")) for rank in (0, 1)} <= {
-        *files
-    }
-    shutil.rmtree(folder / name / "checkpoint-3")
-    resumed, _ = launched(folder, name, 60, launcher, "save", "resume")
-    assert torch.equal(resumed, weights)
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
-def test_two_ddp_processes_take_the_same_steps_as_one_and_go_on_from_a_checkpoint(folder: Path) -> None:
-    weights, kind = launched(folder, "ddp", 60, TORCHRUN, "save")
-    assert kind == "MULTI_CPU 2"
-    assert_as_alone(folder, weights)
-    assert_goes_on(folder, "ddp", TORCHRUN, weights)
+@pytest.fixture(scope="module")
+def several(folder: Path, kind: str) -> dict[str, Any]:
+    """What two make of it."""
+    outcomes = launched(folder, kind, launcher(folder, kind))
+    assert outcomes["kind"] == ("MULTI_CPU 2" if kind == "ddp" else "DEEPSPEED 2")
+    return outcomes
 
 
-def test_two_ddp_processes_that_share_prompts_take_the_same_steps_as_one_that_does_not(folder: Path) -> None:
-    """Groups are gathered from both, and those that do not fit into 60 tokens are cut."""
-    weights, kind = launched(folder, "shared", 60, TORCHRUN, "share")
-    assert kind == "MULTI_CPU 2"
-    assert_as_alone(folder, weights)
+def test_two_processes_take_the_steps_of_one(alone: dict[str, Any], several: dict[str, Any]) -> None:
+    """Weights are of order 1. Adam divides by the root of tiny second moments, which magnifies rounding; so gradients,
+    up to 7, are those of equal weights in the first step alone.
+    """
+    for case in STEPS:
+        one, two = alone[case], several[case]
+        torch.testing.assert_close(two["weights"], one["weights"], rtol=0, atol=1e-6, msg=case)
+        losses = [torch.tensor([row["loss"] for row in run["logs"] if "loss" in row]) for run in (one, two)]
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=0, msg=case)
+        assert len(losses[0]) == len(one["gradients"]) == len(two["gradients"])
+        for step, (gradient, own) in enumerate(zip(one["gradients"], two["gradients"], strict=True)):
+            assert gradient.abs().max() > 0.1
+            torch.testing.assert_close(own, gradient, rtol=0, atol=1e-5 if step else 1e-6, msg=f"{case}, {step}")
 
 
-@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++: DeepSpeed compiles an extension")
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_two_zero_processes_take_the_same_steps_as_one_and_go_on(folder: Path, stage: int) -> None:
-    file = folder / f"zero{stage}.yaml"
-    file.write_text(LAUNCH.format(stage=stage, init=str(stage == 3).lower()))
-    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
-    weights, kind = launched(folder, f"zero{stage}", 60, accelerate, "save")
-    assert kind == "DEEPSPEED 2"
-    assert_as_alone(folder, weights)
-    assert_goes_on(folder, f"zero{stage}", accelerate, weights)
+def test_the_cases_are_what_they_are_called(alone: dict[str, Any], several: dict[str, Any]) -> None:
+    first = {case: alone[case]["logs"][0] for case in STEPS}
+    assert first["uneven"]["mode/think/share"] == 4 / 16
+    assert first["uneven"]["completions/min_length"] < first["uneven"]["completions/max_length"]
+    # Three of four micro-batches of three steps, all of rank 1 among them.
+    assert several["empty"]["empty"] == [3, 6]
+    assert not any(sum(several[case]["empty"]) for case in STEPS if case != "empty")
+    gradients = [alone[case]["gradients"][0] for case in ("uneven", "empty", "reused")]
+    assert (gradients[0] - gradients[1]).abs().max() > 0.1, "negative control: other rollouts, another gradient"
+    assert (gradients[0] - gradients[2]).abs().max() > 0.1, "negative control"
+
+
+def test_a_resumed_run_is_the_undisturbed_one_bit_by_bit(folder: Path, kind: str, several: dict[str, Any]) -> None:
+    """Weights, logs, and the rows of each rank, from a checkpoint in the middle of six steps."""
+    resumed = launched(folder, kind, launcher(folder, kind), "resume")
+    for case in RESUMED:
+        checkpoint = folder / kind / case / "checkpoint-3"
+        check_intact(checkpoint)
+        parts = {f"{part}_{rank}.{end}" for part, end in (("rng_state", "pth"), ("progress", "pt")) for rank in (0, 1)}
+        assert parts <= {*read_manifest(checkpoint)["files"]}, case
+        one, two = several[case], resumed[case]
+        assert torch.equal(two["weights"], one["weights"]), case
+        rows = [without_clock(run["logs"])[:-1] for run in (one, two)]  # the last one is of the end
+        assert rows[1] == rows[0], case
+        assert len(rows[0]) == 3
+        later = [[entry for entry in rank if entry[0] >= 3] for rank in one["prompts"]]
+        assert two["prompts"] == later, case
+        assert all(later), case
+
+
+def test_every_epoch_of_a_warmup_shows_every_row_once(several: dict[str, Any]) -> None:
+    """On two ranks, of which one draws numbers that the other one does not; two steps are an epoch."""
+    for case in ("warmup", "sorted warmup"):
+        epochs = [
+            [row for rank in several[case]["prompts"] for step, rows in rank if step // 2 == epoch for row in rows]
+            for epoch in range(3)
+        ]
+        assert [len(set(rows)) for rows in epochs] == [len(rows) for rows in epochs] == [8, 8, 8], case
+        assert epochs[0] != epochs[1] != epochs[2], case
