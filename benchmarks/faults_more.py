@@ -164,7 +164,9 @@ def full_disk(stage: Stage) -> list[Row]:
         failures = finished(ended) or stage.unlike(name)
         if len(lines) != times:
             failures.append(f"{len(lines)} lines instead of {times}")
-        rows.append(Row("disks", what, times, f"{times} checkpoints", message=lines[0] if lines else ""))
+        rows.append(
+            Row("disks", what, times, f"{times} checkpoint{'s' * (times > 1)}", message=lines[0] if lines else "")
+        )
         rows[-1].failures = failures
     return rows
 
@@ -311,6 +313,7 @@ def damaged_runs(stage: Stage) -> list[Row]:
 
 def further(folder: Path, times: int = 3) -> list[Row]:
     """All rows of this page's part; `times` for each signal."""
+    shutil.rmtree(folder, ignore_errors=True)
     stage = Stage(folder / "stage", 6)
     rows = [endless_rewards(stage, value) for value in (".nan", "-.inf")]
     rows += [broken_gradients(stage, "warmup", WarmupTrainer), broken_gradients(stage, "rl", DeGRPOTrainer)]
