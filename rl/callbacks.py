@@ -42,10 +42,13 @@ class MetricsFile(TrainerCallback):
         self.file, self.stage = file, stage
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Drop the rows that an interrupted attempt left beyond the step from which training goes on."""
+        """Drop what will be logged again: rows beyond the step from which training goes on, and the summary."""
         if state.is_world_process_zero:
             done = state.global_step or -1  # a training that starts anew logs its step 0 again
-            drop_rows(self.file, lambda row: row["stage"] == self.stage and row["step"] > done)
+            drop_rows(
+                self.file,
+                lambda row: row["stage"] == self.stage and (row["step"] > done or "train_runtime" in row),
+            )
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
@@ -74,16 +77,19 @@ class SampleFile(TrainerCallback):
 
     def __init__(self, file: Path, take: Callable[[], list[dict]], to_wandb: bool):
         self.file, self.take, self.to_wandb = file, take, to_wandb
+        self.written = 0  # the step of the last rows; a training's summary is another log of its last step
 
     def on_train_begin(self, args, state, control, **kwargs):
         """As `MetricsFile`: the steps that follow are sampled again."""
+        self.written = state.global_step
         if state.is_world_process_zero:
             drop_rows(self.file, lambda row: row["step"] > state.global_step)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         rows = self.take()
-        if not state.is_world_process_zero or not rows:
+        if not state.is_world_process_zero or not rows or state.global_step == self.written:
             return
+        self.written = state.global_step
         with self.file.open("a", encoding="utf-8") as out:
             for row in rows:
                 out.write(json.dumps({"step": state.global_step, **row}, ensure_ascii=False) + "\n")

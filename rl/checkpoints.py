@@ -112,13 +112,17 @@ def _sync(path: Path) -> None:
 def prune(folder: Path, newest: Path, limit: int | None) -> None:
     """Remove checkpoints until `limit` are left; `newest`, just sealed, always stays.
 
-    Those of later steps go first: they are what this run could not resume from.
+    Those of later steps go first: they are what this run could not resume from. Each leaves its place in one move, so
+    that a kill leaves no half of one there.
     """
     others = [path for path in checkpoints(folder) if path != newest]
     later = [path for path in others if (step_of(path) or 0) > (step_of(newest) or 0)]
     kept = [path for path in others if path not in later] + later
     for path in kept[limit - 1 :] if limit is not None and limit > 0 else ():
-        shutil.rmtree(path)
+        going = folder / UNFINISHED
+        going.mkdir(exist_ok=True)
+        path.rename(going / path.name)
+        shutil.rmtree(going)
 
 
 def lacking_room(folder: Path, size: float) -> str | None:

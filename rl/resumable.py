@@ -8,6 +8,8 @@ The seams, held by tests/test_trl_contract.py:
   Beside the generators stand what transformers and TRL would start anew: sums and metrics since the last log,
   callbacks (`StatefulCallback`), the rollouts in use.
 - `_prepare_for_training`: where DeepSpeed unpickles; it is made to load data only.
+- `_run_epoch`: transformers takes a step after every resume. A training that had come to its end when its last
+  checkpoint was written takes none.
 
 Without evaluation inside the trainer there is no best checkpoint, whose path transformers would take from the folder.
 """
@@ -37,6 +39,7 @@ from siesta.rl import checkpoints
 from siesta.rl.checkpoints import UNFINISHED
 from siesta.rl.generation import replaced
 from siesta.rl.heartbeat import Heartbeat
+from siesta.rl.signals import StopOnSignal
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -267,6 +270,7 @@ class ResumableTrainer(Trainer):
         """What this rank has to remember, as plain containers and tensors."""
         return {
             "callbacks": {type(callback).__name__: callback.state_dict() for callback in self._stateful()},
+            "ended": self._ended(),
             "loss": cast(torch.Tensor, self._tr_loss).clone(),
             "logged_step": self._globalstep_last_logged,
             "metrics": dict(cast(Any, self)._metrics["train"]),
@@ -279,6 +283,25 @@ class ResumableTrainer(Trainer):
         self._tr_loss += progress["loss"].to(self.args.device)
         self._globalstep_last_logged = progress["logged_step"]
         cast(Any, self)._metrics["train"].update(progress["metrics"])
+
+    def _run_epoch(self, *args, **kwargs):
+        checkpoint = kwargs["resume_from_checkpoint"]
+        first = kwargs["epoch"] == kwargs["epochs_trained"]  # later the checkpoint may have been removed
+        if first and checkpoint is not None and self._had_ended(checkpoint):
+            self._load_rng_state(checkpoint)
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _ended(self) -> bool:
+        """Whether this step is the training's last one, by the number of steps or by a callback; a signal only
+        interrupts it."""
+        cut_short = (each.cut_short for each in self.callback_handler.callbacks if isinstance(each, StopOnSignal))
+        return self.control.should_training_stop and not any(cut_short)
+
+    def _had_ended(self, checkpoint: str) -> bool:
+        """What `_ended` was when the checkpoint was written."""
+        return torch.load(self._progress_file(checkpoint), map_location="cpu", weights_only=True)["ended"]
 
     def _stateful(self) -> list[StatefulCallback]:
         return [callback for callback in self.callback_handler.callbacks if isinstance(callback, StatefulCallback)]

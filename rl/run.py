@@ -15,6 +15,7 @@ from accelerate import PartialState
 
 from siesta.data.errors import RecipeError
 from siesta.rl.recipe import Recipe, dump_recipe
+from siesta.rl.resumable import agreed
 
 # The sections each stage depends on, itself and by way of the stages before it.
 DEPENDS = {
@@ -43,11 +44,21 @@ class Run:
         self.record = self.path / "stages.json"
 
     def prepare(self) -> None:
-        """Make the directory and write the resolved recipe into it."""
-        if PartialState().is_main_process:
+        """Make the directory and write the resolved recipe into it.
+
+        Raises:
+            RecipeError: That is not possible: a file is in the way, the disk cannot be written.
+        """
+        agreed(self._make)
+
+    def _make(self) -> None:
+        try:
             self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path / "recipe.yaml", dump_recipe(self.recipe))
-        PartialState().wait_for_everyone()
+        except OSError as error:
+            raise RecipeError(
+                f"tracking.output_dir: the run directory {self.path} cannot be written: {error.strerror}"
+            ) from error
 
     def finished(self) -> dict[str, dict[str, str]]:
         """Finished stages with the fingerprints of the sections they were made from."""

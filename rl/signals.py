@@ -75,6 +75,7 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self, request: StopRequest):
         self.request = request
+        self.cut_short = False  # of its last step: a checkpoint of it is none of a training that has come to its end
 
     def asked(self, args) -> int:
         """The signal that any rank has received, 0 if none. Collective."""
@@ -86,6 +87,7 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.asked(args):
+            self.cut_short = not control.should_training_stop
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):

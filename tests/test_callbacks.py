@@ -211,6 +211,15 @@ def test_a_resumed_training_rewrites_no_metric(
     assert file.read_text() == rows_of(*kept)
 
 
+def test_the_summary_of_a_training_stands_once(tmp_path: Path) -> None:
+    """One that was killed behind its summary, before its stage was finished, logs it again."""
+    file = tmp_path / "metrics.jsonl"
+    summaries = [{"stage": stage, "step": 2, "train_runtime": 1.0} for stage in ("warmup", "rl")]
+    file.write_text(rows_of(("rl", 2)) + "".join(json.dumps(row) + "\n" for row in summaries))
+    MetricsFile(file, "rl").on_train_begin(ARGS, state(2), TrainerControl())
+    assert file.read_text() == rows_of(("rl", 2)) + json.dumps(summaries[0]) + "\n"
+
+
 def test_a_first_training_has_no_metrics_to_drop(tmp_path: Path) -> None:
     MetricsFile(tmp_path / "metrics.jsonl", "rl").on_train_begin(ARGS, state(0), TrainerControl())
     assert not list(tmp_path.iterdir())
@@ -243,6 +252,18 @@ def test_samples_of_steps_that_are_done_again_do_not_stand_twice(tmp_path: Path,
     kept = [line for line in before.split("\n")[:-1] if json.loads(line)["step"] <= resumed_at]
     assert file.read_text(encoding="utf-8") == "".join(line + "\n" for line in kept)
     assert len(kept) == resumed_at // 4
+
+
+@pytest.mark.parametrize("resumed_at", [0, 4])
+def test_the_summary_of_a_training_repeats_no_sample(tmp_path: Path, resumed_at: int) -> None:
+    """It is another log of the last step, be it of this training or of the one that it went on from."""
+    file = tmp_path / "samples.jsonl"
+    own = SampleFile(file, lambda: [{"response": "7"}], to_wandb=False)
+    own.on_train_begin(ARGS, state(resumed_at), TrainerControl())
+    for step in (4, 4):
+        own.on_log(ARGS, state(step), TrainerControl(), logs={})
+    assert file.exists() == (resumed_at == 0)
+    assert not file.exists() or len(file.read_text().splitlines()) == 1
 
 
 def test_no_samples_leave_no_file(tmp_path: Path) -> None:

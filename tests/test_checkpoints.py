@@ -18,7 +18,7 @@ import torch
 from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset
 from safetensors import SafetensorError
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from trl import SFTConfig
 from trl.trainer.utils import RepeatSampler
 
@@ -28,6 +28,7 @@ from siesta.rl.callbacks import SampleFile
 from siesta.rl.checkpoints import MANIFEST, UNFINISHED, check_intact, newest_intact, prune, seal
 from siesta.rl.config import DeGRPOConfig
 from siesta.rl.resumable import EpochOrder, EpochShuffle, only_data, train_on
+from siesta.rl.signals import SignalStop, StopOnSignal, StopRequest
 from siesta.rl.trainer import DeGRPOTrainer
 from siesta.rl.warmup_trainer import SortedWarmupTrainer, WarmupTrainer
 from tests.helpers import one_step, parameters, save_tiny_model, tiny_judge
@@ -231,6 +232,29 @@ def test_a_kill_behind_the_rename_leaves_the_new_checkpoint(
         at_three._save_checkpoint(at_three.model, None)
     monkeypatch.undo()
     assert newest_intact(stage, 1, lambda line: None) == stage / "checkpoint-3"
+
+
+def test_a_kill_in_the_removal_of_an_old_one_leaves_no_half_of_it(
+    at_three: Seen, stage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A half would count as a checkpoint, be hashed at the next start and be told as damaged."""
+
+    def half(folder: Path, **settings: Any) -> None:
+        if (found := list(folder.rglob("model.safetensors"))) and not (folder / "checkpoint-3").exists():
+            found[0].unlink()
+            raise Killed
+        real(folder, **settings)
+
+    real = shutil.rmtree
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", half)
+    with pytest.raises(Killed):
+        at_three._save_checkpoint(at_three.model, None)
+    monkeypatch.undo()
+    assert names(stage) == {"checkpoint-2", "checkpoint-3", UNFINISHED}
+    for name in ("checkpoint-2", "checkpoint-3"):
+        check_intact(stage / name)
+    assert newest_intact(stage, 1, lambda line: None) == stage / "checkpoint-3"
+    assert names(stage) == {"checkpoint-2", "checkpoint-3"}
 
 
 def test_sigkill_in_the_middle_of_a_write(at_three: Seen, stage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -493,6 +517,55 @@ def test_a_resumed_run_is_the_undisturbed_one_bit_by_bit(tmp_path: Path, window:
     later = [entry for entry in straight.prompts if entry[0] >= 3]
     assert later == resumed.prompts
     assert len(later) == (1 if window == "rollouts used twice" else 3)
+
+
+class StopsAt(TrainerCallback):
+    """Ends a training before its last step, as an accuracy or a guard does."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+@pytest.mark.parametrize("by_callback", [False, True])
+def test_a_training_that_had_come_to_its_end_takes_no_further_step(tmp_path: Path, by_callback: bool) -> None:
+    """Killed behind its last checkpoint, before the stage was finished; transformers would take a step more."""
+    settings: dict[str, Any] = {"max_steps": 3 if by_callback else 2}
+    trainers = []
+    for _ in range(2):
+        trainers.append(build(tmp_path, **settings))
+        trainers[-1].add_callback(StopsAt(2))
+        train_on(trainers[-1], tmp_path / "out", pytest.fail)
+    assert [trainer.state.global_step for trainer in trainers] == [2, 2]
+    assert trainers[1].prompts == []
+    assert torch.equal(*(parameters(cast(torch.nn.Module, one.model)) for one in trainers))
+
+
+def test_the_checkpoint_that_a_training_goes_on_from_may_be_removed_in_it(tmp_path: Path) -> None:
+    """Epochs of two steps, one checkpoint is kept."""
+    settings: dict[str, Any] = {"save_total_limit": 1, "max_steps": 6}
+    first = build(tmp_path, dataset(4), **settings)
+    first.add_callback(StopOnSignal(request := StopRequest()))
+    request.received = signal.SIGTERM
+    with pytest.raises(SignalStop):
+        train_on(first, tmp_path / "out", pytest.fail)
+    again = build(tmp_path, dataset(4), **settings)
+    train_on(again, tmp_path / "out", pytest.fail)
+    assert names(tmp_path / "out") - {"runs"} == {"checkpoint-6"}
+
+
+def test_a_training_that_a_signal_cut_short_goes_on(tmp_path: Path) -> None:
+    request = StopRequest()
+    first = build(tmp_path, max_steps=2)
+    first.add_callback(StopOnSignal(request))
+    request.received = signal.SIGTERM
+    with pytest.raises(SignalStop):
+        train_on(first, tmp_path / "out", pytest.fail)
+    again = build(tmp_path, max_steps=2)
+    train_on(again, tmp_path / "out", pytest.fail)
+    assert [trainer.state.global_step for trainer in (first, again)] == [1, 2]
 
 
 def test_the_order_of_an_epoch_depends_on_its_number_alone() -> None:

@@ -18,8 +18,9 @@ import pyarrow.parquet
 import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainerState
-from transformers.integrations.integration_utils import WandbCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, WandbCallback
 from trl import GRPOTrainer
+from trl.extras.profiling import profiling_context
 
 from siesta.data.credentials import credential_in
 from siesta.data.errors import DataError, ModelError, RecipeError
@@ -455,8 +456,8 @@ def test_negative_control_transformers_callback_ends_the_run(tmp_path: Path) -> 
         with_wandb(build(tmp_path, kind=GivenRollouts, max_steps=3), WandbCallback, DyingWandb()).train()
 
 
-def test_the_table_of_completions_is_not_sent_past_the_guard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TRL sends it by itself."""
+def test_trl_hands_nothing_to_wandb_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its timings of a step and its table of completions, where nothing would keep a failure from the run."""
     wandb = pytest.importorskip("wandb")
 
     def log(values: dict) -> None:
@@ -464,12 +465,15 @@ def test_the_table_of_completions_is_not_sent_past_the_guard(tmp_path: Path, mon
 
     monkeypatch.setattr(wandb, "run", object())
     monkeypatch.setattr(wandb, "log", log)
-    trainer = build(tmp_path, kind=GivenRollouts, log_completions=True)
-    trainer.args.report_to = ["wandb"]
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "wandb", TrainerCallback)
+    trainer = build(tmp_path, kind=GivenRollouts, log_completions=True, report_to=["wandb"])
     trainer.train()
     assert list((tmp_path / "out" / "completions").iterdir())
-    with pytest.raises(BrokenPipeError):  # negative control
+    trainer.args.report_to = ["wandb"]  # negative controls
+    with pytest.raises(BrokenPipeError):
         GRPOTrainer.log(trainer, {})
+    with pytest.raises(BrokenPipeError), profiling_context(trainer, "step"):
+        pass
 
 
 def test_the_table_of_samples_is_given_up_too(

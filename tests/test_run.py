@@ -222,3 +222,12 @@ def test_the_record_is_json_with_a_fingerprint_per_section(recipe: Callable) -> 
     assert list(record["warmup"]) == ["seed", "model", "modes", "sleep", "data", "warmup"]
     assert record["model"] == Run(recipe("rl.tau=0.3")).prints("model")
     assert record["model"]["seed"] != Run(recipe("seed=1")).prints("model")["seed"]
+
+
+def test_a_file_in_the_way_of_the_run_directory_is_one_line(recipe: Callable, tmp_path: Path) -> None:
+    (tmp_path / "outputs").write_text("")
+    with pytest.raises(RecipeError) as caught:
+        Run(recipe()).prepare()
+    assert str(caught.value) == (
+        f"tracking.output_dir: the run directory {tmp_path}/outputs/night cannot be written: Not a directory"
+    )

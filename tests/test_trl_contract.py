@@ -109,6 +109,14 @@ def test_what_is_taken_up_again_is_kept_where_it_was():
         assert 'self._metrics = {"train": defaultdict(list)' in inspect.getsource(kind.__init__)
 
 
+def test_a_training_that_had_ended_can_be_told_before_its_first_step():
+    """`ResumableTrainer._run_epoch` is called by names, and its request to stop is heard."""
+    source = inspect.getsource(Trainer._inner_training_loop)
+    called = source.index("self._run_epoch(\n                model=model,")
+    assert called < source.index("resume_from_checkpoint=resume_from_checkpoint,\n", called)
+    assert called < source.index("if self.control.should_training_stop:\n                break")
+
+
 def test_transformers_loads_nothing_but_data():
     for name in ("_load_rng_state", "_load_optimizer_and_scheduler", "_load_scaler", "_load_from_checkpoint"):
         source = inspect.getsource(getattr(Trainer, name))

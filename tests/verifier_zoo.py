@@ -147,4 +147,10 @@ def act(solution: str, answer: str) -> Any:
     return BEHAVIOURS[solution](answer) if solution in BEHAVIOURS else solution == answer
 
 
+def by_answer(solution: str, answer: str) -> float:
+    """The behaviour that a row's answer `behaviour|argument|answer` names, or plain equality."""
+    behaviour, _, rest = answer.partition("|")
+    return BEHAVIOURS[behaviour](rest.rpartition("|")[0]) if rest else float(solution == answer)
+
+
 not_callable = 3
