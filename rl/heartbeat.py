@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
+from typing import Any, cast
 
 import torch
 from transformers import TrainerCallback
@@ -166,7 +167,7 @@ class Heartbeat(TrainerCallback):
             self._rank = torch.distributed.get_rank()
             self._keys = [f"siesta/beat/{rank}" for rank in range(torch.distributed.get_world_size())]
             # A connection of its own: the main thread's is taken while that waits.
-            self._store = torch.distributed.distributed_c10d._get_default_store().clone()
+            self._store = cast(Any, torch.distributed.distributed_c10d._get_default_store()).clone()
             self._store.set_timeout(timedelta(seconds=self.limit))
             self._beat()
             torch.distributed.barrier()  # now the store has a record of this training from everyone

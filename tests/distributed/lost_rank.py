@@ -35,6 +35,7 @@ class Losing(DeGRPOTrainer):
     """Its last rank is lost while the second step's rewards are due."""
 
     case: str
+    judge: Any
 
     def _save_rng_state(self, output_dir):
         if self.case.startswith("full") and self.state.global_step == 2 and self.accelerator.is_last_process:
