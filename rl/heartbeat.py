@@ -85,15 +85,14 @@ class Ranks:
         return [rank for rank, since in enumerate(self.beaten) if now - since >= seconds]
 
     def behind(self, now: float) -> list[int]:
-        """Ranks that the others wait for; none where nobody waits, or all do."""
-        everyone = range(len(self.beats))
+        """Ranks that the others have waited for so long; none where nobody waits, or all do."""
+        if not all(now - since >= self.limit for since in self.moved):  # one that moves does not wait
+            return []
         fewest = min(beat.passed for beat in self.beats)
-        late = [rank for rank in everyone if self.beats[rank].passed == fewest]
-        involved: Sequence[int] = late
+        late = [rank for rank, beat in enumerate(self.beats) if beat.passed == fewest]
         if len(late) == len(self.beats):
-            late, involved = [rank for rank in everyone if not self.beats[rank].waits], everyone
-        stand = all(now - self.moved[rank] >= self.limit for rank in involved)
-        return late if stand and len(late) < len(self.beats) else []
+            late = [rank for rank, beat in enumerate(self.beats) if not beat.waits]
+        return late if len(late) < len(self.beats) else []
 
     def fault(self, now: float) -> tuple[list[int], str]:
         """Ranks that are lost, and a line about them; nobody and nothing if all is well."""
