@@ -1,5 +1,5 @@
 # make setup | check | test | lock | quickstart | quickstart-sleep | smoke | weights | results-quickstart | results-sleep | results-sleep-cpu
-#      results-speed-cpu | results-speed-gpu | results-real | results-rule110
+#      results-speed-cpu | results-speed-gpu | results-real | results-rule110 | faults
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -108,6 +108,11 @@ results-real:
 .PHONY: results-rule110
 results-rule110:
 	python -m benchmarks.rule110 --jobs 3 --minutes 14
+
+# Faults through the real command, 200 kills among them: most of an hour on a core. Kills that are done are kept.
+.PHONY: faults
+faults: setup
+	$(BIN)/python -m benchmarks.faults
 
 clean:
 	rm -rf build outputs $(VENV)

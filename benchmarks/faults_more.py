@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from benchmarks.faults_files import Stage
-from benchmarks.faults_injectors import at_call, plant, raiser
+from benchmarks.faults_injectors import at_call, flip, plant, raiser, truncate
 from benchmarks.faults_inputs import CANARY, refuse, setting
 from benchmarks.faults_kills import STEP
 from benchmarks.faults_process import Ended
@@ -271,6 +271,40 @@ def changed_settings(stage: Stage) -> Row:
     return Row("configuration", "other settings for a run that has begun", message=told, failures=failures)
 
 
+def spoil(file: Path) -> None:
+    """One bit of a text becomes what no text holds."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 3] ^= 0x80
+    file.write_bytes(content)
+
+
+# File of a run directory, what happens to it, words of the line.
+RUN_FILES = (
+    ("stages.json", truncate, "stages.json: damaged"),
+    ("started.json", truncate, "started.json: damaged"),
+    ("metrics.jsonl", spoil, ": damaged; remove the line"),
+    ("samples.jsonl", spoil, ": damaged; remove the line"),
+    ("model/config.json", truncate, "model: config.json is truncated"),
+    ("model/tokenizer.json", flip, "model: tokenizer.json is changed"),
+    ("warmup/model.safetensors", truncate, "warmup: model.safetensors is truncated"),
+    ("warmup/model.safetensors", flip, "warmup: model.safetensors is changed"),
+    ("warmup/config.json", Path.unlink, "warmup: config.json is missing"),
+)
+
+
+def damaged_runs(stage: Stage) -> list[Row]:
+    """Files of a run directory outside of checkpoints, damaged when the run was killed in RL."""
+    rows = []
+    for file, damage, words in RUN_FILES:
+        what = {truncate: "cut off", flip: "one bit changed", spoil: "one bit changed", Path.unlink: "removed"}[damage]
+        name = f"run-{len(rows)}"
+        damage(stage.copy(name) / file)
+        ended = stage.run(name)
+        told = ended.told[0].removeprefix("siesta: error: ") if ended.told else ""
+        rows.append(Row("run directory", f"`{file}` of a run: {what}", message=told, failures=refused(ended, [words])))
+    return rows
+
+
 def further(folder: Path, times: int = 3) -> list[Row]:
     """All rows of this page's part; `times` for each signal."""
     stage = Stage(folder / "stage", 6)
@@ -279,4 +313,5 @@ def further(folder: Path, times: int = 3) -> list[Row]:
     rows += [signals(stage, number, times) for number in (signal.SIGTERM, signal.SIGINT)]
     rows += full_disk(stage) + code_in_models(folder / "models", stage.folder / "undisturbed" / "model")
     rows += [wandb_away(stage), wandb_killed(stage), *credentials(folder / "credentials"), changed_settings(stage)]
+    rows += damaged_runs(stage)
     return rows

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from siesta.data.errors import CheckpointError
 from siesta.rl.recipe import GuardSection
 from siesta.rl.resumable import StatefulCallback
 from siesta.rl.run import write_atomically
@@ -28,11 +29,23 @@ def jsonable(value: object) -> object:
 
 
 def drop_rows(file: Path, dropped: Callable[[dict], bool]) -> None:
-    """Rewrite a file of JSON lines without some of its rows, and without a last line that a killed run has torn."""
-    if file.exists():
-        whole, _, _ = file.read_text(encoding="utf-8").rpartition("\n")
-        lines = [line for line in whole.split("\n") if line and not dropped(json.loads(line))]
-        write_atomically(file, "".join(line + "\n" for line in lines))
+    """Rewrite a file of JSON lines without some of its rows, and without a last line that a killed run has torn.
+
+    Raises:
+        CheckpointError: A line is damaged; names it.
+    """
+    if not file.exists():
+        return
+    kept = []
+    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            text = line.decode()
+            row = json.loads(text)
+        except ValueError as error:  # bytes that are not UTF-8 among them
+            raise CheckpointError(f"{file}, line {number}: damaged; remove the line") from error
+        if not dropped(row):
+            kept.append(text)
+    write_atomically(file, "".join(line + "\n" for line in kept))
 
 
 class MetricsFile(TrainerCallback):

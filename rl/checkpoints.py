@@ -66,19 +66,30 @@ def seal(unfinished: Path, target: Path, processes: int) -> None:
     Raises:
         OSError: Nothing has been moved.
     """
-    names = sorted(_files(unfinished))
-    with ThreadPoolExecutor(HASHERS) as pool:
-        entries = list(pool.map(lambda name: _entry(unfinished / name, sync=True), names))
-    content = {"processes": processes, "files": dict(zip(names, entries, strict=True))}
-    manifest = unfinished / MANIFEST
-    manifest.write_text(json.dumps({"content": content, "sha256": _digest(content)}, indent=1))
-    for path in (manifest, *(path for path in unfinished.rglob("*") if path.is_dir()), unfinished):
+    _write_manifest(unfinished, sorted(_files(unfinished)), processes)
+    for path in (*(path for path in unfinished.rglob("*") if path.is_dir()), unfinished):
         _sync(path)
     if target.exists():
         target.rename(unfinished.parent / "damaged")
     unfinished.rename(target)
     _sync(target.parent)
     shutil.rmtree(unfinished.parent)
+
+
+def vouch(folder: Path) -> None:
+    """Write a manifest of the files in a folder, not of those in folders below: `check_intact` goes by it."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != MANIFEST)
+    _write_manifest(folder, names, 1)
+
+
+def _write_manifest(folder: Path, names: list[str], processes: int) -> None:
+    """List files with size and sha256; they and the manifest are on the disk afterwards."""
+    with ThreadPoolExecutor(HASHERS) as pool:
+        entries = list(pool.map(lambda name: _entry(folder / name, sync=True), names))
+    content = {"processes": processes, "files": dict(zip(names, entries, strict=True))}
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps({"content": content, "sha256": _digest(content)}, indent=1))
+    _sync(manifest)
 
 
 def _files(folder: Path) -> Iterator[str]:

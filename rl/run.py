@@ -3,7 +3,8 @@
     outputs/<run>/recipe.yaml  model/  warmup/  rl/  evaluation.json  export/  report.md  metrics.jsonl  stages.json
 
 A stage that finished is skipped when the same recipe runs again. If the settings it depends on have changed since, the
-run stops and says so: silently keeping the old result, or throwing it away, would both be a surprise.
+run stops and says so: silently keeping the old result, or throwing it away, would both be a surprise. The same holds
+when a file of a model that a finished stage has left is not the one that it was: each such folder has a manifest.
 """
 
 import hashlib
@@ -13,7 +14,8 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from siesta.data.errors import RecipeError
+from siesta.data.errors import CheckpointError, RecipeError
+from siesta.rl import checkpoints
 from siesta.rl.recipe import Recipe, dump_recipe
 from siesta.rl.resumable import agreed
 
@@ -26,6 +28,7 @@ DEPENDS = {
     "export": ("export",),
     "report": (),
 }
+MODELS = ("model", "warmup", "rl")  # stages that leave a model in a folder of their name
 
 
 def write_atomically(file: Path, text: str) -> None:
@@ -42,6 +45,7 @@ class Run:
         self.recipe = recipe
         self.path = recipe.run_dir
         self.record = self.path / "stages.json"
+        self._intact: set[str] = set()  # stages whose models are known to be what they were
 
     def prepare(self) -> None:
         """Make the directory and write the resolved recipe into it.
@@ -66,7 +70,30 @@ class Run:
 
     def _read(self, name: str) -> dict[str, dict[str, str]]:
         file = self.path / name
-        return json.loads(file.read_text()) if file.exists() else {}
+        try:
+            return json.loads(file.read_text()) if file.exists() else {}
+        except ValueError as error:
+            raise CheckpointError(
+                f"{file}: damaged; put it back from a copy, or delete {self.path} to make the run again"
+            ) from error
+
+    def check_models(self) -> None:
+        """Hash what finished stages have left, once in a process; a run of before the manifests is taken as it is.
+
+        Raises:
+            CheckpointError: A file is missing, truncated or changed.
+        """
+        for stage in MODELS:
+            folder = self.path / stage
+            if stage in self._intact or stage not in self.finished() or not (folder / checkpoints.MANIFEST).exists():
+                continue
+            try:
+                checkpoints.check_intact(folder)
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f"{folder}: {error}; put it back from a copy, or delete {self.path} to make the run again"
+                ) from error
+            self._intact.add(stage)
 
     def prints(self, stage: str) -> dict[str, str]:
         """Fingerprint of every section that `stage` depends on."""
@@ -95,15 +122,23 @@ class Run:
                 )
 
     def stage(self, name: str, work: Callable[[], None]) -> bool:
-        """Do `work` unless the stage is finished; record it. True if it was done now."""
+        """Do `work` unless the stage is finished; record it. True if it was done now.
+
+        Raises:
+            CheckpointError: What an earlier stage has left is damaged.
+        """
         if name in self.finished():
             return False
         # What a stage leaves when it is interrupted (checkpoints) was made with these settings, too.
+        agreed(self.check_models)
         if PartialState().is_main_process:
             write_atomically(self.path / "started.json", json.dumps({name: self.prints(name)}) + "\n")
         work()
         PartialState().wait_for_everyone()
         if PartialState().is_main_process:
+            if name in MODELS and (self.path / name).is_dir():
+                checkpoints.vouch(self.path / name)
+                self._intact.add(name)
             write_atomically(self.record, json.dumps(self.finished() | {name: self.prints(name)}, indent=1) + "\n")
         PartialState().wait_for_everyone()
         return True

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from siesta.data.errors import CheckpointError
 from siesta.rl.callbacks import CollapseGuard, MetricsFile, SampleFile, ScreenLine, Validation
 from siesta.rl.recipe import GuardSection
 
@@ -218,6 +219,14 @@ def test_the_summary_of_a_training_stands_once(tmp_path: Path) -> None:
     file.write_text(rows_of(("rl", 2)) + "".join(json.dumps(row) + "\n" for row in summaries))
     MetricsFile(file, "rl").on_train_begin(ARGS, state(2), TrainerControl())
     assert file.read_text() == rows_of(("rl", 2)) + json.dumps(summaries[0]) + "\n"
+
+
+@pytest.mark.parametrize("line", [b'{"stage": "rl", "st', b'{"stage": "\xff"}', b"\0"])
+def test_a_damaged_line_is_named(tmp_path: Path, line: bytes) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(rows_of(("rl", 1)).encode() + line + b"\n" + rows_of(("rl", 2)).encode())
+    with pytest.raises(CheckpointError, match=rf"^{file}, line 2: damaged; remove the line$"):
+        MetricsFile(file, "rl").on_train_begin(ARGS, state(2), TrainerControl())
 
 
 def test_a_first_training_has_no_metrics_to_drop(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import os
 import pickle
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -22,6 +21,7 @@ from transformers import Trainer, TrainerCallback
 from trl import SFTConfig
 from trl.trainer.utils import RepeatSampler
 
+from benchmarks.faults_injectors import at_call, flip, plant, raiser, resealed, truncate
 from siesta.data.errors import CheckpointError
 from siesta.rl import checkpoints, resumable
 from siesta.rl.callbacks import SampleFile
@@ -63,16 +63,6 @@ def build(folder: Path, rows: Dataset | None = None, **settings: Any) -> Seen:
     trainer = Seen(model=model, judge=judge, args=args, train_dataset=rows or dataset())
     trainer.prompts = []
     return trainer
-
-
-def flip(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-
-
-def truncate(file: Path) -> None:
-    os.truncate(file, file.stat().st_size - 1)
 
 
 @pytest.fixture(scope="module")
@@ -174,16 +164,6 @@ def test_a_checkpoint_of_weights_alone_is_not_gone_on_from(tmp_path: Path) -> No
 
 class Killed(BaseException):
     """Nothing runs after it that a real kill would not allow: the tests look at the disk alone."""
-
-
-def at_call(number: int, function: Callable, strike: Callable) -> Callable:
-    """`function`, which at its n-th call strikes instead."""
-    calls = iter(range(1, 10**6))
-
-    def called(*args: Any, **kwargs: Any) -> Any:
-        return strike() if next(calls) == number else function(*args, **kwargs)
-
-    return called
 
 
 def kill() -> None:
@@ -317,13 +297,6 @@ FULL_DISK = {
 }
 
 
-def raiser(error: Exception) -> Callable[[], None]:
-    def strike() -> None:
-        raise error
-
-    return strike
-
-
 @pytest.mark.parametrize(
     ("place", "words"), [("optimizer", words) for words in FULL_DISK] + [("seal", "python"), ("seal", "quota")]
 )
@@ -393,33 +366,11 @@ def test_a_run_trains_on_when_a_save_fails(tmp_path: Path, trained: Seen, monkey
 LOADED = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "progress_0.pt")
 
 
-class Gadget:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, canary: Path):
-        self.canary = canary
-
-    def __reduce__(self):
-        return Path.touch, (self.canary,)
-
-
-def resealed(checkpoint: Path) -> Path:
-    """Somebody who can change a file can write a manifest that fits."""
-    unfinished = checkpoint.parent / UNFINISHED / checkpoint.name
-    unfinished.parent.mkdir()
-    checkpoint.rename(unfinished)
-    seal(unfinished, checkpoint, 1)
-    return checkpoint
-
-
 @pytest.mark.parametrize("raw", [False, True])
 @pytest.mark.parametrize("name", LOADED)
 def test_code_in_a_checkpoint_does_not_run(stage: Path, tmp_path: Path, name: str, raw: bool) -> None:
     canary, file = tmp_path / "canary", stage / "checkpoint-2" / name
-    if raw:
-        file.write_bytes(pickle.dumps(Gadget(canary), protocol=2))
-    else:
-        torch.save(Gadget(canary), file)
+    plant(file, canary, raw=raw)
     newest = resealed(stage / "checkpoint-2")
     shutil.rmtree(stage / "checkpoint-1")
     said: list[str] = []
@@ -442,7 +393,7 @@ def test_the_trainer_itself_loads_data_only(
 ) -> None:
     canary = tmp_path / "canary"
     trainer = build(tmp_path, max_steps=3)
-    torch.save(Gadget(canary), stage / "checkpoint-2" / name)
+    plant(stage / "checkpoint-2" / name, canary)
     monkeypatch.setattr(checkpoints, "check_intact", lambda checkpoint: None)
     with pytest.raises(CheckpointError, match=r"checkpoint-2: a file in it holds something else than data"):
         train_on(trainer, stage, pytest.fail)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from siesta.data.errors import RecipeError
+from benchmarks.faults_injectors import flip, truncate
+from siesta.data.errors import CheckpointError, RecipeError
 from siesta.rl.recipe import Recipe, load_recipe
 from siesta.rl.run import DEPENDS, Run, write_atomically
 from siesta.rl.stages import STAGES
@@ -231,3 +232,40 @@ def test_a_file_in_the_way_of_the_run_directory_is_one_line(recipe: Callable, tm
     assert str(caught.value) == (
         f"tracking.output_dir: the run directory {tmp_path}/outputs/night cannot be written: Not a directory"
     )
+
+
+# ---- damage --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["stages.json", "started.json"])
+def test_a_damaged_record_is_one_line(recipe: Callable, name: str) -> None:
+    run = Run(recipe())
+    finish(run, "model")
+    truncate(run.path / name)
+    truncate(run.path / name)
+    with pytest.raises(CheckpointError, match=rf"^[^\n]*/{name}: damaged; put it back from a copy, or delete [^\n]*$"):
+        Run(recipe()).check()
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [(flip, "is changed"), (truncate, "is truncated"), (Path.unlink, "is missing")],
+)
+def test_a_damaged_model_of_a_finished_stage_is_named(recipe: Callable, damage: Callable, said: str) -> None:
+    run = Run(recipe())
+
+    def work() -> None:
+        (run.path / "model").mkdir()
+        (run.path / "model" / "model.safetensors").write_bytes(b"weights")
+
+    run.prepare()
+    run.stage("model", work)
+    assert Run(recipe()).stage("warmup", nothing), "negative control"
+    damage(run.path / "model" / "model.safetensors")
+    again = Run(recipe())
+    with pytest.raises(CheckpointError) as caught:
+        again.stage("rl", nothing)
+    assert str(caught.value).startswith(f"{run.path}/model: model.safetensors {said}")
+    assert str(caught.value).endswith(f"or delete {run.path} to make the run again")
+    assert "rl" not in again.finished()
+    assert not again.stage("warmup", interrupted), "a stage that is finished reads nothing"
