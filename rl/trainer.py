@@ -62,6 +62,9 @@ class DeGRPOTrainer(FiniteSteps, ResumableTrainer, GRPOTrainer):
         super().__init__(
             model=model, reward_funcs=[self.reward_function], args=args, processing_class=judge.tokenizer, **kwargs
         )
+        # The trackers' callbacks are there. TRL would also send times and, with `log_completions`, a table by itself, past
+        # what keeps a tracker's failure from the run; both are elsewhere (`time/`, <run>/rl/completions).
+        self.args.report_to = []
         self.method = args
         self.max_skipped_steps = args.max_skipped_steps
         self.group = args.group
@@ -368,7 +371,4 @@ class DeGRPOTrainer(FiniteSteps, ResumableTrainer, GRPOTrainer):
         if steps and cast(torch.nn.Module, self.model).training:
             self._logged_step = self.state.global_step
             logs.update(self.passes.speed(self.phases.collect(steps), steps))
-        # With `log_completions` TRL would hand its table to the trackers itself, past what keeps their failures from
-        # the run. They get samples (`SampleFile`); the table is on the screen and in <run>/rl/completions.
-        with replaced(self.args, "report_to", []):
-            super().log(logs, start_time)
+        super().log(logs, start_time)
