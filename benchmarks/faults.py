@@ -37,10 +37,9 @@ def kills(folder: Path, count: int) -> list[Row]:
 
 
 def files(folder: Path, seeds: int) -> list[Row]:
-    """Damaged checkpoints, DeepSpeed's among them, and code in them."""
-    stage = Stage(folder / "plain", 40)
-    rows = [*damaged_files(stage, seeds), none_left(stage), *gadgets(stage)]
-    return rows + sharded_files(folder / "sharded", stage.files(), 1)
+    """Damaged checkpoints, and code in them."""
+    stage = Stage(folder, 40)
+    return [*damaged_files(stage, seeds), none_left(stage), *gadgets(stage)]
 
 
 def fast(folder: Path) -> dict[str, list[Row]]:
@@ -110,6 +109,7 @@ def judge(parts: dict[str, list[Row]]) -> int:
 PARTS: dict[str, Callable[[Path, int], list[Row]]] = {
     "kills": kills,
     "files": lambda folder, count: files(folder, 5),
+    "sharded": lambda folder, count: sharded_files(folder, 3),
     "inputs": lambda folder, count: bad_inputs(folder),
     "verifiers": lambda folder, count: hostile_verifiers(folder),
     "further": lambda folder, count: further(folder, 10),

@@ -43,7 +43,7 @@ def read_content(file: Path) -> Any:
 
 def same_checkpoint(one: Path, other: Path) -> list[str]:
     """What differs between two checkpoints: weights, optimizer, schedule, generators, progress."""
-    names = {file.name for file in one.iterdir()} | {file.name for file in other.iterdir()}
+    names = {str(file.relative_to(end)) for end in (one, other) for file in end.rglob("*") if file.is_file()}
     found = []
     for name in sorted(names - set(NOT_COMPARED)):
         read = read_content if name in BY_CONTENT else Path.read_bytes
