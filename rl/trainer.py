@@ -62,8 +62,8 @@ class DeGRPOTrainer(FiniteSteps, ResumableTrainer, GRPOTrainer):
         super().__init__(
             model=model, reward_funcs=[self.reward_function], args=args, processing_class=judge.tokenizer, **kwargs
         )
-        # The trackers' callbacks are there. TRL would also send times and, with `log_completions`, a table by itself, past
-        # what keeps a tracker's failure from the run; both are elsewhere (`time/`, <run>/rl/completions).
+        # The trackers' callbacks are there. TRL would also send times and, with `log_completions`, a table by itself,
+        # past what keeps a tracker's failure from the run; both are elsewhere (`time/`, <run>/rl/completions).
         self.args.report_to = []
         self.method = args
         self.max_skipped_steps = args.max_skipped_steps
