@@ -122,9 +122,13 @@ def signals(stage: Stage, number: signal.Signals, times: int) -> Row:
         process.until(lambda process=process, target=target: target in STEP.findall(process.printed))
         process.signal(number)
         ended = process.end()
-        line = f"siesta: {number.name}: stopped at step "
-        row.failures += refused(ended, [f"{name}/{part}/checkpoint-"], 128 + number, line)
-        row.message = ended.told[0].removeprefix("siesta: ") if ended.told else ""
+        lines = [line for line in ended.told if line.startswith("siesta: ")]  # warnings about rewards stand before it
+        row.failures += tracebacks(ended) + one_line(
+            lines, [f"{number.name}: stopped at step ", f"{name}/{part}/checkpoint-"]
+        )
+        if ended.code != 128 + number or ended.told[-1:] != lines:
+            row.failures.append(f"exit code {ended.code}, last line {ended.told[-1:]}")
+        row.message = lines[0].removeprefix("siesta: ") if lines else ""
         again = stage.start(name)
         if again.until(lambda again=again: STEP.search(again.printed) is not None):
             seconds.append(again.age)
@@ -160,7 +164,9 @@ def full_disk(stage: Stage) -> list[Row]:
         failures = finished(ended) or stage.unlike(name)
         if len(lines) != times:
             failures.append(f"{len(lines)} lines instead of {times}")
-        rows.append(Row("disks", what, times, f"{times} checkpoints", message=lines[0] if lines else ""))
+        rows.append(
+            Row("disks", what, times, f"{times} checkpoint{'s' * (times > 1)}", message=lines[0] if lines else "")
+        )
         rows[-1].failures = failures
     return rows
 
@@ -307,6 +313,7 @@ def damaged_runs(stage: Stage) -> list[Row]:
 
 def further(folder: Path, times: int = 3) -> list[Row]:
     """All rows of this page's part; `times` for each signal."""
+    shutil.rmtree(folder, ignore_errors=True)
     stage = Stage(folder / "stage", 6)
     rows = [endless_rewards(stage, value) for value in (".nan", "-.inf")]
     rows += [broken_gradients(stage, "warmup", WarmupTrainer), broken_gradients(stage, "rl", DeGRPOTrainer)]
