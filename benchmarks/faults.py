@@ -29,7 +29,13 @@ HEADER = "| fault | times | lost | time to recover | what is said | verdict |\n|
 ENDS = ("all together", "the runs after")  # rows about runs whose faults are counted in other rows
 SHOWN = 200  # characters of a message
 # Small runs, so that a test can afford them.
-SMALL = ["warmup.max_steps=6", "rl.max_steps=6", "evaluate.every=0"]
+SMALL = ["warmup.max_steps=4", "rl.max_steps=5", "evaluate.every=0"]
+TINY = [
+    "warmup.max_steps=2",
+    "rl.per_device_train_batch_size=4",
+    "rl.num_generations=4",
+    "rl.gradient_accumulation_steps=1",
+]
 
 
 def kills(folder: Path, count: int) -> list[Row]:
@@ -44,13 +50,13 @@ def files(folder: Path, seeds: int) -> list[Row]:
 
 
 def fast(folder: Path) -> dict[str, list[Row]]:
-    """A part of everything: some kills, all files of a checkpoint, every eighth bad input, one hostile verifier."""
-    found = run_kills(folder / "kills", 4, kills=4, settings=[*SETTINGS, *SMALL], fresh=False)
-    stage = Stage(folder / "files", 28, "warmup.max_steps=2", "rl.per_device_train_batch_size=8")
+    """A part of everything: some kills, all files of a checkpoint, every twelfth bad input, one hostile verifier."""
+    found = run_kills(folder / "kills", 3, kills=3, settings=[*SETTINGS, *SMALL], fresh=False)
+    stage = Stage(folder / "files", 14, *TINY)
     return {
         "kills": kill_rows(found),
-        "files": [*damaged_files(stage, 1, ["one bit changed", "cut off"]), none_left(stage)],
-        "inputs": bad_inputs(folder / "inputs", lambda cases: cases[::8]),
+        "files": [*damaged_files(stage, 1, ["one bit changed"]), none_left(stage)],
+        "inputs": bad_inputs(folder / "inputs", lambda cases: cases[::12]),
         "verifiers": hostile_verifiers(folder / "verifiers", ["raise"]),
     }
 
