@@ -1,7 +1,7 @@
 """Ask an exported model that vLLM serves: the model chooses how to answer, a mode is forced, or a threshold decides.
 
     vllm serve outputs/quickstart/export --served-model-name siesta      # siesta and vllm installed in one environment
-    python examples/ask.py "3 + 4" --modes outputs/quickstart/export/modes.json --threshold 0.3
+    python examples/ask.py "<calc> 3 +4 ; ; ; ; ; ; ;" --modes outputs/quickstart/export/modes.json --threshold 0.3
 
 Any OpenAI client works the same way: what is ours travels in `extra_body={"vllm_xargs": {...}}`.
 """

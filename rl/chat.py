@@ -1,7 +1,7 @@
 """Talk to an exported model: each line is a question of its own; mode, probability, tokens and time of the answer.
 
     siesta chat outputs/quickstart/export
-    echo "3 + 4" | siesta chat outputs/quickstart/export --mode think
+    echo "<calc> 3 +4 ; ; ; ; ; ; ;" | siesta chat outputs/quickstart/export --mode think
 
 On a terminal `/mode think` forces a mode from there on, `/mode auto` ends that, `/threshold 0.3` takes the last mode
 where its probability is above, `/quit` leaves.

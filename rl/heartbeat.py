@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
+from typing import Any, cast
 
 import torch
 from transformers import TrainerCallback
@@ -84,15 +85,14 @@ class Ranks:
         return [rank for rank, since in enumerate(self.beaten) if now - since >= seconds]
 
     def behind(self, now: float) -> list[int]:
-        """Ranks that the others wait for; none where nobody waits, or all do."""
-        everyone = range(len(self.beats))
+        """Ranks that the others have waited for so long; none where nobody waits, or all do."""
+        if not all(now - since >= self.limit for since in self.moved):  # one that moves does not wait
+            return []
         fewest = min(beat.passed for beat in self.beats)
-        late = [rank for rank in everyone if self.beats[rank].passed == fewest]
-        involved: Sequence[int] = late
+        late = [rank for rank, beat in enumerate(self.beats) if beat.passed == fewest]
         if len(late) == len(self.beats):
-            late, involved = [rank for rank in everyone if not self.beats[rank].waits], everyone
-        stand = all(now - self.moved[rank] >= self.limit for rank in involved)
-        return late if stand and len(late) < len(self.beats) else []
+            late = [rank for rank, beat in enumerate(self.beats) if not beat.waits]
+        return late if len(late) < len(self.beats) else []
 
     def fault(self, now: float) -> tuple[list[int], str]:
         """Ranks that are lost, and a line about them; nobody and nothing if all is well."""
@@ -166,7 +166,7 @@ class Heartbeat(TrainerCallback):
             self._rank = torch.distributed.get_rank()
             self._keys = [f"siesta/beat/{rank}" for rank in range(torch.distributed.get_world_size())]
             # A connection of its own: the main thread's is taken while that waits.
-            self._store = torch.distributed.distributed_c10d._get_default_store().clone()
+            self._store = cast(Any, torch.distributed.distributed_c10d._get_default_store()).clone()
             self._store.set_timeout(timedelta(seconds=self.limit))
             self._beat()
             torch.distributed.barrier()  # now the store has a record of this training from everyone

@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -23,6 +24,8 @@ from siesta.rewards.verifiers import build_verifier, solution_part
 from siesta.rl.modes import Mode, Modes
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 TOLD = 5  # different reasons of failure that are told as they come up; all are counted
 
@@ -209,18 +212,34 @@ class RewardFunction:
         self.outcomes = state["outcomes"]
 
     def samples(self, count: int) -> list[dict]:
-        """Rollouts of the last batch to look at, spread evenly over it, with score, reward and flags."""
-        rows = []
-        last = len(self._batch) - 1
-        for i in sorted({place * last // max(1, count - 1) for place in range(count)}) if self._batch else []:
-            prompt, mode, response, hacks = self._batch[i]
-            reward, score, tokens, _ = self.outcomes[i].tolist()
-            text = self.judge.tokenizer.decode(response)
-            # None, not NaN: the row goes to JSON as it is.
-            judged = {"score": None, "reward": None} if math.isnan(reward) else {"score": score, "reward": reward}
-            row = {"prompt": prompt, "mode": mode.name, "response": text, "tokens": int(tokens), **judged}
-            rows.append(row | {"hacks": hacks})
-        return rows
+        """Rollouts of the last batch to look at, with score, reward and flags: of prompts spread evenly over it, a
+        rollout in each mode, so that modes can be compared; if those are fewer than `count`, others as well.
+        """
+        firsts: dict[tuple[str, str], int] = {}
+        for i, (prompt, mode, *_) in enumerate(self._batch):
+            firsts.setdefault((str(prompt), mode.name), i)
+        prompts = list(dict.fromkeys(prompt for prompt, _ in firsts))
+        shown = set(spread(prompts, max(1, count // len(self.judge.modes))))
+        compared = [i for (prompt, _), i in firsts.items() if prompt in shown][:count]
+        others = [i for i in range(len(self._batch)) if i not in compared]
+        return [self._shown(i) for i in sorted([*compared, *spread(others, count - len(compared))])]
+
+    def _shown(self, i: int) -> dict:
+        """A rollout as a row of samples.jsonl."""
+        prompt, mode, response, hacks = self._batch[i]
+        reward, score, tokens, _ = self.outcomes[i].tolist()
+        text = self.judge.tokenizer.decode(response)
+        # None, not NaN: the row goes to JSON as it is.
+        judged = {"score": None, "reward": None} if math.isnan(reward) else {"score": score, "reward": reward}
+        row = {"prompt": prompt, "mode": mode.name, "response": text, "tokens": int(tokens), **judged}
+        return row | {"hacks": hacks}
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """At most `count` items, from the first to the last in even steps."""
+    last = len(items) - 1
+    places = {place * last // max(1, count - 1) for place in range(count)} if items else set()
+    return [items[place] for place in sorted(places)]
 
 
 def _or_nan(value: float | None) -> float:

@@ -66,10 +66,12 @@ def rl_load(context: Context, processes: int) -> Load:
     sample = context.rl_examples[:1000]
     lengths = [len(ids) for ids in context.prompts(sample)]
     rollouts = config.per_device_train_batch_size * config.gradient_accumulation_steps * processes
-    epoch = len(context.rl_examples) * config.num_generations / rollouts
+    group = config.num_generations
+    assert group is not None
+    epoch = len(context.rl_examples) * group / rollouts
     steps = config.max_steps if config.max_steps > 0 else round(epoch * config.num_train_epochs)
     caps = [1 + mode.max_tokens for mode in context.modes]
-    return Load(steps, rollouts, rollouts // config.num_generations, statistics.fmean(lengths), statistics.fmean(caps))
+    return Load(steps, rollouts, rollouts // group, statistics.fmean(lengths), statistics.fmean(caps))
 
 
 def seconds_per_step(run: Path) -> float:

@@ -139,7 +139,7 @@ def warmup_config(context: Context) -> SFTConfig:
     return config
 
 
-def warmup_trainer(context: Context, validation) -> SFTTrainer:
+def warmup_trainer(context: Context, validation) -> WarmupTrainer:
     """SFTTrainer on two-mode rows."""
     recipe, section = context.recipe, context.recipe.warmup
     rows = warmup_rows(

@@ -543,7 +543,7 @@ def test_an_epoch_is_shuffled_as_by_the_library_by_its_number_alone() -> None:
 
 @pytest.mark.parametrize("kind", [WarmupTrainer, SortedWarmupTrainer])
 def test_a_resumed_warmup_is_the_undisturbed_one(tmp_path: Path, kind: type[WarmupTrainer]) -> None:
-    rows = Dataset.from_list([{"prompt": f"{n}+1=", "completion": str(n) * (n % 3 + 1)} for n in range(8)])
+    rows = Dataset.from_list([{"prompt": f"{n} +1 =", "completion": f" {n}" * (n % 3 + 1)} for n in range(8)])
     save_tiny_model(tmp_path / "model")
     settings = one_step(tmp_path) | {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "logging_steps": 2}
     trainers = []

@@ -12,7 +12,7 @@ from siesta.data.errors import RecipeError
 from siesta.rewards.hacking import FLAGS, RATIO, SLACK, empty, hedging, hidden_thinking, nested_control
 from siesta.rl.callbacks import HackAlarm
 from siesta.rl.config import DeGRPOConfig, check_method
-from siesta.rl.judge import Judge, RewardFunction
+from siesta.rl.judge import Judge, RewardFunction, spread
 from siesta.rl.metrics import hack_metrics
 from siesta.rl.modes import Mode
 from siesta.rl.policies import hack_line
@@ -251,3 +251,26 @@ def test_a_run_counts_prices_and_reports(tmp_path: Path, caplog: pytest.LogCaptu
 def test_modes_that_work_first_are_not_suspected_of_working(judge: Judge) -> None:
     marked = Mode("think", "<think>", judge.modes[1].token_id, 12, answer_after="=")
     assert judge.hacks([marked], [ids(judge, "+1 " * 50 + "= 7")], ["a"]) == [[]]
+
+
+def test_samples_show_a_prompt_in_every_mode() -> None:
+    judge = tiny_judge()
+    function = RewardFunction(judge)
+    short, think = judge.modes
+    # Three prompts, four rollouts each, modes in any order.
+    modes = [short, short, think, think, think, short, short, think, short, short, short, short]
+    function._batch = [(f"q{i // 4}", mode, [i], []) for i, mode in enumerate(modes)]
+    function.outcomes = torch.zeros(12, 4)
+    seen = lambda count: [(row["prompt"], row["mode"]) for row in function.samples(count)]  # noqa: E731
+    assert seen(2) == [("q0", "short"), ("q0", "think")]
+    assert seen(4) == [("q0", "short"), ("q0", "short"), ("q0", "think"), ("q2", "short")], "q2 has one mode"
+    assert len(seen(12)) == 12
+    assert len(seen(99)) == 12
+    function._batch = []
+    assert seen(4) == []
+
+
+def test_spread_by_hand() -> None:
+    found = ["".join(spread("abcdefg", count)) for count in (0, 1, 2, 3, 9)]
+    assert found == ["", "a", "ag", "adg", "abcdefg"]
+    assert spread("", 3) == []

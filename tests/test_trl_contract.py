@@ -11,6 +11,7 @@ import torch
 from transformers import Trainer
 from transformers.integrations.integration_utils import TensorBoardCallback, TrackioCallback, WandbCallback
 from trl import GRPOConfig, GRPOTrainer, SFTTrainer
+from trl.extras.profiling import ProfilingContext, profiling_context
 from trl.trainer.grpo_trainer import shuffle_sequence_dict, split_tensor_dict
 from trl.trainer.utils import RepeatSampler
 
@@ -170,9 +171,12 @@ def test_trackers_do_nothing_at_other_events_of_a_training(kind: type):
     assert {name for name in vars(kind) if name.startswith("on_")} - others <= set(EVENTS)
 
 
-def test_grpo_trainer_asks_report_to_before_it_sends_a_table_itself():
+def test_trl_asks_report_to_before_it_sends_anything_itself():
     source = inspect.getsource(GRPOTrainer.log)
     assert source.count("logging_backends.append") == source.count("if self.args.report_to and") == 2
+    source = inspect.getsource(ProfilingContext)
+    assert len(re.findall(r"(?:wandb|mlflow|trackio)\.log", source)) == source.count("in self.report_to") == 3
+    assert "report_to=trainer.args.report_to" in inspect.getsource(profiling_context)
 
 
 def test_refused_settings_exist():

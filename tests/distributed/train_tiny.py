@@ -141,7 +141,7 @@ class SeesBatches(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         if self.accelerator.is_main_process:
             torch.rand(3)
-        self.prompts.append((self.state.global_step, inputs["input_ids"][:, 1].tolist()))
+        self.prompts.append((self.state.global_step, inputs["input_ids"][:, 0].tolist()))
         return super().training_step(model, inputs, num_items_in_batch)
 
 
@@ -205,10 +205,10 @@ def trainer_of(folder: Path, case: str, out: Path) -> Any:
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "logging_steps": 2} | RESUMED[case]
     settings |= {"output_dir": str(out), "lr_scheduler_type": "linear", "max_grad_norm": 1e9}
     if kind := settings.pop("kind", None):
-        # The second id of a row, behind that of its start, tells which one it is.
-        rows = Dataset.from_list([{"prompt": f"{n}+1=", "completion": str(n) * (n % 3 + 1)} for n in range(8)])
+        # The first id of a row tells which one it is.
+        rows = Dataset.from_list([{"prompt": f"{n} +1 =", "completion": f" {n}" * (n % 3 + 1)} for n in range(8)])
         settings["per_device_train_batch_size"] = 4 // torch.distributed.get_world_size()
-        seen = type("SeenWarmup", (SeesBatches, kind), {})
+        seen: Any = type("SeenWarmup", (SeesBatches, kind), {})
         return seen(model=str(folder / "model"), args=SFTConfig(**(one_step(folder) | settings)), train_dataset=rows)
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=2) if settings.pop("lora", False) else None
     args = config(folder, 8, **settings)
