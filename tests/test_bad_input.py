@@ -17,18 +17,10 @@ from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from benchmarks.faults_inputs import FILES, RECIPE
 from siesta.rl import train
 from siesta.rl.recipe import load_recipe
 from tests.helpers import save_tiny_model, tiny_model
-
-RECIPE = """\
-modes:
-  short: {token: "<short>", max_tokens: 2}
-  think: {token: "<think>", max_tokens: 12, correct: 0.5, answer_after: "="}
-data: {task: calc, train_size: 100}
-evaluate: {items: 20}
-"""
-FILES = RECIPE.replace("task: calc", "train: {path: train.jsonl}, test: {path: test.jsonl}")
 
 
 def questions(count: int, start: int = 0) -> list[dict]:

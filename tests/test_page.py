@@ -76,7 +76,7 @@ def test_every_part_by_hand(run: Path) -> None:
     rows = policy_table(story)["rows"]
     free = next(cells for cells in rows if cells[:2] == ["free", "greedy"])
     assert free[2].startswith("50.0 ["), "items 1 and 3 of 4"
-    assert free[3:] == ["5.0", "50", "0.375"], "(1 + 1.5 + ... ) by hand: item 2 loses 1.5 of 4"
+    assert free[3:] == ["5.0", "50", "0.375"], "item 2, answered at once and wrong, loses 1.5; of four items"
     assert phase_seconds(story) == {"rollout": 3.0, "verify": pytest.approx(0.25)}, "the first log aside"
     (pair,) = paired_samples(story)
     assert (pair["step"], pair["prompt"]) == (2, "a & b")
@@ -141,6 +141,7 @@ def test_the_page_is_whole_and_holds_no_code_of_the_samples(run: Path, capsys: p
         name for figure in drawn for name in set(re.findall(r'id="([^"]+)"', figure)) if name.startswith(("p", "m"))
     ]
     clips = [name for name in ids if re.fullmatch(r"[pm][0-9a-f]{10}", name)]
+    assert len(clips) > 9, "every figure has some"
     assert len(clips) == len(set(clips)), "figures do not share the ids that they refer to"
     for figure in drawn:
         ElementTree.fromstring(figure)
