@@ -205,8 +205,7 @@ class Heartbeat(TrainerCallback):
         """Leave, on every rank; one of them tells why."""
         if self._tells(lost):
             print(f"siesta: error: {self._advice(line)}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(GONE * self.interval)  # a rank that leaves breaks the connections of one that has not seen why
+        time.sleep(GONE * self.interval)  # a rank that leaves breaks the connections of one that has not seen why
         self.leave(EXIT_CODE)
 
     def _tells(self, lost: Sequence[int]) -> bool:

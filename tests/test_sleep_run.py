@@ -72,7 +72,7 @@ def test_the_page_holds_what_the_run_says(run: Path, tmp_path: Path, monkeypatch
     [
         (["sleep.token=<short>"], r"sleep\.token: <short> is a mode's control token$"),
         (["warmup.stop={slep: 0.9}"], r"warmup\.stop\.slep: unknown key; did you mean 'sleep'\?$"),
-        (["sleep={mechanism: none}"], r"warmup\.stop\.sleep: unknown key"),
+        (["sleep={mechanism: none}", "warmup.stop={sleep: 0.9}"], r"warmup\.stop\.sleep: unknown key"),
         (["sleep={mechanism: none, keep_tokens: 3}"], r"`keep_tokens` belongs to notes, not to none"),
         (["sleep.max_tokens=1"], r"sleep\.max_tokens: Input should be greater than or equal to 2"),
     ],

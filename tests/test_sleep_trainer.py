@@ -236,7 +236,8 @@ def test_readers_who_keep_the_context_also_get_other_notes(tmp_path):
     written = trainer._night.actions[0].completion_ids
     foreign = trainer.sleep.keep(trainer.sleep.text(written[0]))  # of context 0, the next with notes
     row = data[3 * QUERIES]
-    assert texts[3 * BLOCK].split() == [*row["context"].split(), *foreign.split(), row["query"], "<q>"]
+    kept = ["<sleep>", *foreign.split()]  # the token marks where the context ends and notes begin
+    assert texts[3 * BLOCK].split() == [*row["context"].split(), *kept, row["query"], "<q>"]
     assert len(texts) == 4 * BLOCK + 2 * SLEEPS, "credit goes to notes on the own context alone"
 
 
