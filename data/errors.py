@@ -1,7 +1,19 @@
 """Errors that are the user's to mend. Each is one line that names the file, key or row and says what to do."""
 
 
-class UserError(Exception):
+class Ending(BaseException):
+    """What ends a command with one line and an exit code of its own; see `siesta.rl.exits`.
+
+    Attributes:
+        opening: What its line begins with.
+        exit_code: Of the process.
+    """
+
+    opening = "siesta: error: "
+    exit_code = 2
+
+
+class UserError(Ending, Exception):
     """Bad input: printed without a traceback, exit code 2."""
 
 

@@ -5,8 +5,7 @@
     siesta warmup-data recipe.yaml --out warmup_data
 
 A command is a module with `main(arguments)` that returns the exit code; to add one, add a line to `COMMANDS`. It is
-imported when it is called, so that help does not wait for torch. Exit code 2: the input cannot be used, one line says
-why.
+imported when it is called, so that help does not wait for torch. How a command ends, and `--debug`: `siesta.rl.exits`.
 """
 
 import argparse
@@ -14,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from siesta.data.errors import UserError
+from siesta.rl.exits import DEBUG_HELP, command
 
 # Command -> module, what it does.
 COMMANDS = {
@@ -31,24 +30,21 @@ COMMANDS = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str]) -> int:
     """Command line; returns the exit code."""
     listed = "\n".join(f"  {name:<{max(map(len, COMMANDS))}}  {what}" for name, (_, what) in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="siesta",
         description=f"commands:\n{listed}",
-        epilog="siesta COMMAND --help shows the arguments of a command.",
+        epilog=f"siesta COMMAND --help shows the arguments of a command.\n{DEBUG_HELP}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of the command")
     options = parser.parse_args(arguments)
     module = import_module(COMMANDS[options.command][0])
-    try:
-        return module.main(options.arguments)
-    except UserError as error:
-        print(f"siesta: error: {error}", file=sys.stderr)
-        return 2
+    return module.main(options.arguments)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from transformers import GenerationConfig
 
-from siesta.data.errors import ModelError, UserError
+from siesta.data.errors import ModelError
 from siesta.data.prompts import end_id, pad_id
 from siesta.rl.console import quiet_libraries
+from siesta.rl.exits import DEBUG_HELP, command
 from siesta.rl.models import build_modes, load_tokenizer, save_model
 from siesta.rl.origin import Origin, read_origin
 from siesta.rl.recipe import Recipe, dump_recipe, load_recipe
@@ -120,19 +121,18 @@ def markdown_table(result: dict, decoding: str = "greedy") -> str:
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str]) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="siesta export", description="Export a checkpoint of a run.")
+    parser = argparse.ArgumentParser(
+        prog="siesta export", description="Export a checkpoint of a run.", epilog=DEBUG_HELP
+    )
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"])
     options = parser.parse_args(arguments)
     quiet_libraries()
-    try:
-        export_checkpoint(options.checkpoint, options.out, run=find_run(options.checkpoint), dtype=options.dtype)
-    except UserError as error:
-        print(f"siesta: error: {error}", file=sys.stderr)
-        return 2
+    export_checkpoint(options.checkpoint, options.out, run=find_run(options.checkpoint), dtype=options.dtype)
     print(f"exported to {options.out}")
     return 0
 

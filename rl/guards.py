@@ -19,13 +19,17 @@ import torch
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from siesta.data.errors import Ending
 from siesta.rl.checkpoints import checkpoints
 
 logger = logging.getLogger(__name__)
 
 
-class GuardStop(Exception):
+class GuardStop(Ending, Exception):
     """A guard ended the run: exit code 3."""
+
+    opening = "siesta: stopped: "
+    exit_code = 3
 
 
 class FiniteSteps(Trainer):

@@ -28,6 +28,7 @@ from typing import Any, cast
 import torch
 from transformers import TrainerCallback
 
+from siesta.data.errors import Ending
 from siesta.rl.checkpoints import checkpoints
 
 EXIT_CODE = 4
@@ -37,8 +38,10 @@ SLOWEST = 2.0  # seconds from beat to beat
 GONE = 5  # beats that do not come, after a collective has failed; torchrun leaves 30 seconds for telling who it is
 
 
-class RankLost(Exception):
+class RankLost(Ending, Exception):
     """A rank died or stalled: exit code 4. Without text on ranks that leave the telling to another one."""
+
+    exit_code = EXIT_CODE
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,11 @@ from typing import Any
 
 import yaml
 
-from siesta.data.errors import UserError
 from siesta.data.loading import load_examples
 from siesta.data.prompts import messages
 from siesta.rewards.score import Unscorable, Verifier
 from siesta.rewards.verifiers import build_verifier, solution_part
+from siesta.rl.exits import DEBUG_HELP, command
 from siesta.rl.recipe import Recipe, load_recipe
 from siesta.rl.run import write_atomically
 
@@ -118,18 +118,17 @@ def write_task(recipe: Recipe, folder: Path) -> str:
     return content["task"]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str]) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="siesta.rl.lm_eval_task", description="Write a recipe's items for lm-eval.")
+    parser = argparse.ArgumentParser(
+        prog="siesta.rl.lm_eval_task", description="Write a recipe's items for lm-eval.", epilog=DEBUG_HELP
+    )
     parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     parser.add_argument("--out", type=Path, required=True, help="folder for --include_path of lm-eval")
     options = parser.parse_intermixed_args(arguments)
-    try:
-        name = write_task(load_recipe(options.recipe, options.overrides), options.out)
-    except UserError as error:
-        print(f"siesta: error: {error}", file=sys.stderr)
-        return 2
+    name = write_task(load_recipe(options.recipe, options.overrides), options.out)
     print(f"lm-eval run --model hf --include_path {options.out} --tasks {name} --apply_chat_template ...")
     return 0
 

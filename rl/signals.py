@@ -17,6 +17,7 @@ import torch
 from accelerate.utils import gather
 from transformers import TrainerCallback
 
+from siesta.data.errors import Ending
 from siesta.rl.checkpoints import checkpoints
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -24,8 +25,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 REPEAT = 2.0  # seconds within which a second signal is the same one
 
 
-class SignalStop(BaseException):
+class SignalStop(Ending):
     """A signal ended the run. Like KeyboardInterrupt no Exception: nothing on the way takes it for an error."""
+
+    opening = "siesta: "
 
     def __init__(self, number: int, what: str):
         self.exit_code = 128 + number
