@@ -1,4 +1,4 @@
-"""What watches a training: screen line, metrics.jsonl, samples.jsonl, validation, collapse guard, hack alarm."""
+"""What watches a training: screen line, progress, metrics.jsonl, samples.jsonl, validation, guard, hack alarm."""
 
 import json
 import logging
@@ -12,6 +12,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from siesta.data.errors import CheckpointError
+from siesta.rl.console import Tracker
 from siesta.rl.recipe import GuardSection
 from siesta.rl.resumable import StatefulCallback
 from siesta.rl.run import write_atomically
@@ -83,6 +84,22 @@ class ScreenLine(TrainerCallback):
         if state.is_world_process_zero and values:
             seconds = time.monotonic() - self.started
             self.say(f"{self.stage} {state.global_step}/{state.max_steps} ({seconds:.0f} s): " + ", ".join(values))
+
+
+class StepProgress(TrainerCallback):
+    """Tells how far a training has come, where its logs are not word enough."""
+
+    def __init__(self, stage: str, tracker: Tracker):
+        self.stage, self.tracker = stage, tracker
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.tracker.begin(self.stage, state.max_steps, state.global_step, tenths=False)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.tracker.advance()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.tracker.heard()
 
 
 class SampleFile(TrainerCallback):

@@ -24,7 +24,7 @@ from siesta.data.errors import DataError, ModelError, RecipeError, UserError
 from siesta.data.prompts import end_id, pad_id
 from siesta.data.schema import Example
 from siesta.rl import policies
-from siesta.rl.console import progress, quiet_libraries
+from siesta.rl.console import progress, quiet_libraries, tracked
 from siesta.rl.context import Context
 from siesta.rl.eval_numbers import Setting, checkpoint_numbers, over_checkpoints
 from siesta.rl.eval_report import draw, show
@@ -180,7 +180,8 @@ def measure_checkpoint(
             ids: dict[str, Any] = {"pad_id": pad_id(context.tokenizer), "eos_id": end_id(context.tokenizer)}
             alone = write or partial(complete, model, batch_size=1, **ids)
             spread = examples[:: max(1, len(examples) // timed)][:timed]
-            latency = time_responses(alone, context.prompts(spread), context.modes)
+            with progress(console, "timed responses", len(spread) * len(context.modes)) as advance:
+                latency = time_responses(alone, context.prompts(spread), context.modes, advance=advance)
     return replace(measured, contexts=contexts_of(examples)), latency
 
 
@@ -231,7 +232,8 @@ def make(options: argparse.Namespace, overrides: Sequence[str], console: Console
         console.print(f"== {checkpoint.name}", markup=False)
         rows = ResponseRows(judge, examples) if options.responses else None
         found, latency = measure_checkpoint(context, judge, examples, rows, options.timed, console)
-        results[checkpoint.name], own = checkpoint_numbers(found, latency, setting)
+        with tracked(console, "numbers and their intervals"):
+            results[checkpoint.name], own = checkpoint_numbers(found, latency, setting)
         measured[checkpoint.name] = policies.scorable_items(found)
         named.append(own)
         lines += rows.lines(checkpoint.name, found) if rows else ""

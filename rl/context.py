@@ -17,6 +17,7 @@ from siesta.data.prompts import end_id, messages, prompt_ids
 from siesta.data.schema import Example
 from siesta.data.sources import Split
 from siesta.data.unseen import one_side
+from siesta.rl.console import Tracker
 from siesta.rl.engines import vllm_writer
 from siesta.rl.evaluate import measure
 from siesta.rl.generation import Writer, fixed_randomness
@@ -43,11 +44,14 @@ from siesta.rl.warmup import teachable
 
 @dataclass
 class Context:
-    """One run in progress. `say` prints a line on the main process; `stop` is what a signal asks for."""
+    """One run in progress. `say` prints a line on the main process; `stop` is what a signal asks for; `tracker` is
+    told how far the stage has come.
+    """
 
     run: Run
     say: Callable[[str], None]
     stop: StopRequest = field(default_factory=StopRequest)
+    tracker: Tracker = field(default_factory=Tracker)
 
     @property
     def recipe(self) -> Recipe:
@@ -237,11 +241,19 @@ class Context:
         )
 
     def measure(
-        self, model: PreTrainedModel, examples: Sequence[Example], samples: int, write: Writer | None = None
+        self,
+        model: PreTrainedModel,
+        examples: Sequence[Example],
+        samples: int,
+        write: Writer | None = None,
+        advance: Callable[[int], None] = lambda count: None,
     ) -> Measurement:
         """Forced rollouts of `model` on `examples` in the precision of RL's training pass.
 
         The random state of the training around it is left as it was.
+
+        Args:
+            write, advance: See `siesta.rl.evaluate.measure`.
         """
         with fixed_randomness(self.recipe.evaluate.seed), training_autocast(self.recipe.rl, model.device):
             return measure(
@@ -253,6 +265,7 @@ class Context:
                 temperature=self.temperature,
                 batch_size=self.recipe.evaluate.batch_size,
                 write=write,
+                advance=advance,
             )
 
     def slept(self, model: PreTrainedModel, examples: Sequence[Example]) -> States | TensorStates:

@@ -49,11 +49,13 @@ def time_responses(
     modes: Modes,
     *,
     clock: Callable[[], float] = time.perf_counter,
+    advance: Callable[[int], None] = lambda count: None,
 ) -> Latency:
     """Write a greedy response to every prompt in every mode, one at a time.
 
     Args:
         write: Returns when the response is there.
+        advance: Is told of each response that is timed.
     """
     short = [replace(mode, max_tokens=min(mode.max_tokens, CUT)) for mode in modes]
     write([prompts[0]], short[0], temperature=None)  # the first call also sets things up
@@ -64,6 +66,7 @@ def time_responses(
             (response,) = write([prompt], mode, temperature=None)
             times.append(1000 * (clock() - start))
             tokens.append(len(response))
+            advance(1)
     return fit(tokens, times)
 
 

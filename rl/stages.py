@@ -14,7 +14,7 @@ from siesta.data.errors import RecipeError
 from siesta.data.prompts import messages
 from siesta.data.schema import Example
 from siesta.rl import policies
-from siesta.rl.callbacks import CollapseGuard, HackAlarm, MetricsFile, SampleFile, ScreenLine, Validation
+from siesta.rl.callbacks import CollapseGuard, HackAlarm, MetricsFile, SampleFile, ScreenLine, StepProgress, Validation
 from siesta.rl.config import DeGRPOConfig, SleepConfig
 from siesta.rl.context import Context, main_process
 from siesta.rl.evaluate import print_states, print_table
@@ -110,6 +110,7 @@ def warmup_stage(context: Context) -> None:
         train(context, trainer, "warmup")
         save_trained(context, trainer, "warmup")
     if main_process():
+        context.tracker.begin("warm-up gate")
         model = context.load(context.start)
         measured = measure_taught(context, model, validation)
         shares = ", ".join(
@@ -221,6 +222,7 @@ def watch(context: Context, trainer: Trainer, stage: str, columns: dict[str, str
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(MetricsFile(context.path / "metrics.jsonl", stage))
     trainer.add_callback(ScreenLine(stage, columns, context.say))
+    trainer.add_callback(StepProgress(stage, context.tracker))
     trainer.add_callback(SpikeGuard())
     trainer.add_callback(StopOnSignal(context.stop))
 
@@ -332,14 +334,18 @@ def evaluate_stage(context: Context) -> None:
     results = {}
     for name, folder in folders.items():
         bootstrap = {"resamples": section.resamples, "seed": section.seed}
+        context.tracker.begin(f"evaluate, {name} RL")
         model = context.load(folder)
         if context.sleeps:
             states = context.slept(model, examples)
             measured = context.measure_states(model, states, section.samples)
             results[name] = evaluation(measured, states, **bootstrap)
             continue
+        responses = len(examples) * len(context.modes) * (1 + section.samples)
+        context.tracker.begin(f"evaluate, {name} RL", responses, tenths=False)
         with context.writer(folder, examples) as write:
-            measured = context.measure(model, examples, samples=section.samples, write=write)
+            told = context.tracker.advance
+            measured = context.measure(model, examples, samples=section.samples, write=write, advance=told)
         results[name] = policies.table(measured, **bootstrap)
     write_atomically(context.path / "evaluation.json", json.dumps(results, indent=1) + "\n")
     show_evaluation(context)

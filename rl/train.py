@@ -4,7 +4,8 @@
     siesta train quickstart rl.tau=0.3 tracking.run=warmer --dry-run
 
 Exit code 2: the input cannot be used, one line says why. 3: a guard ended the run. 4: a rank died or stalled. 143,
-130: SIGTERM, SIGINT ended it. After 4, 143 and 130 the same command goes on.
+130: SIGTERM, SIGINT ended it. After 4, 143 and 130 the same command goes on. 1: an error that nobody expected; its
+traceback is kept in the run directory.
 """
 
 import argparse
@@ -15,13 +16,12 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 
-from siesta.data.errors import RecipeError, UserError
+from siesta.data.errors import RecipeError
 from siesta.data.loading import skipped_rows
 from siesta.rl.config import DeGRPOConfig, check_method
-from siesta.rl.console import quiet_libraries
+from siesta.rl.console import quiet_libraries, tracked
 from siesta.rl.context import Context
-from siesta.rl.guards import GuardStop
-from siesta.rl.heartbeat import EXIT_CODE, RankLost
+from siesta.rl.exits import DEBUG_HELP, command, keep_tracebacks
 from siesta.rl.launch import world_line
 from siesta.rl.machine import check_engine, check_machine, memory_estimate
 from siesta.rl.memory import zero_stage
@@ -31,7 +31,6 @@ from siesta.rl.precision import lost_updates
 from siesta.rl.quantize import quantization_config
 from siesta.rl.recipe import Recipe, dump_recipe, load_recipe
 from siesta.rl.run import Run
-from siesta.rl.signals import SignalStop
 from siesta.rl.sleep.context_trainer import check_batch
 from siesta.rl.sleep.state_trainer import check_states
 from siesta.rl.stages import STAGES, rl_config, show_evaluation, warmup_config
@@ -146,43 +145,33 @@ def run_recipe(recipe: Recipe) -> None:
         say(f"run directory {run.path}")
         for name, stage in STAGES.items():
             say(f"== {name}")
-            if not run.stage(name, lambda stage=stage: stage(context)):
+            with tracked(console if PartialState().is_main_process else Console(quiet=True), name) as context.tracker:
+                done = run.stage(name, lambda stage=stage: stage(context))
+            if not done:
                 say("finished before, skipped")
                 if name == "evaluate":
                     show_evaluation(context)
         say(f"done: {run.path}/report.md, {run.path}/export")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+@command
+def main(arguments: Sequence[str]) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="siesta train", description="Run a siesta recipe.")
+    parser = argparse.ArgumentParser(prog="siesta train", description="Run a siesta recipe.", epilog=DEBUG_HELP)
     parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
     options = parser.parse_args(arguments)
     quiet_libraries()
-    try:
-        recipe = load_recipe(options.recipe, options.overrides)
-        if options.dry_run:
-            context = Context(Run(recipe), lambda line: print(f"# {line}"))
-            preflight(recipe, context)
-            print(f"# {memory_estimate(recipe, rl_config(context)).line()}")
-            print(dump_recipe(recipe), end="")
-        else:
-            run_recipe(recipe)
-    except UserError as error:
-        print(f"siesta: error: {error}", file=sys.stderr)
-        return 2
-    except GuardStop as stop:
-        print(f"siesta: stopped: {stop}", file=sys.stderr)
-        return 3
-    except RankLost as lost:
-        if str(lost):
-            print(f"siesta: error: {lost}", file=sys.stderr)
-        return EXIT_CODE
-    except SignalStop as stop:
-        print(f"siesta: {stop}", file=sys.stderr)
-        return stop.exit_code
+    recipe = load_recipe(options.recipe, options.overrides)
+    keep_tracebacks(recipe.run_dir)
+    if not options.dry_run:
+        run_recipe(recipe)
+        return 0
+    context = Context(Run(recipe), lambda line: print(f"# {line}"))
+    preflight(recipe, context)
+    print(f"# {memory_estimate(recipe, rl_config(context)).line()}")
+    print(dump_recipe(recipe), end="")
     return 0
 
 

@@ -1,11 +1,7 @@
-"""Milliseconds from tokens, and a progress that speaks up where nobody watches a bar."""
-
-import io
+"""Milliseconds from tokens."""
 
 import pytest
-from rich.console import Console
 
-from siesta.rl.console import LINES, SECONDS, progress
 from siesta.rl.latency import CUT, Latency, fit, time_responses, with_milliseconds
 from siesta.rl.modes import Mode, Modes
 
@@ -43,16 +39,3 @@ def test_every_row_gets_its_milliseconds() -> None:
         assert own["interval"]["milliseconds"] == [11, 13]
         assert own["levels"][1]["milliseconds"] == 14
     assert (found["kinds"], found["items"]) == (["a"], 3)
-
-
-@pytest.mark.parametrize(("seconds", "lines"), [(0.0, LINES), (SECONDS, 100)])
-def test_progress_without_a_terminal(seconds: float, lines: int) -> None:
-    """Ten lines of a fast loop; of a slow one a line whenever so many seconds have gone."""
-    now, screen = [0.0], io.StringIO()
-    with progress(Console(file=screen, width=80), "work", 100, clock=lambda: now[0]) as advance:
-        for _ in range(100):
-            now[0] += seconds
-            advance(1)
-    written = screen.getvalue().splitlines()
-    assert len(written) == lines
-    assert written[-1] == "work: 100 of 100"
