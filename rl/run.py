@@ -1,6 +1,7 @@
 """A run directory: where stages leave their results, and which of them are finished.
 
-    outputs/<run>/recipe.yaml  model/  warmup/  rl/  evaluation.json  export/  report.md  metrics.jsonl  stages.json
+    outputs/<run>/recipe.yaml  model/  warmup/  rl/  evaluation.json  export/  report.md  metrics.jsonl
+                  stages.json  data.json  cost.json
 
 A stage that finished is skipped when the same recipe runs again. If the settings it depends on have changed since, the
 run stops and says so: silently keeping the old result, or throwing it away, would both be a surprise. The same holds
@@ -10,12 +11,14 @@ when a file of a model that a finished stage has left is not the one that it was
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 from accelerate import PartialState
 
 from siesta.data.errors import CheckpointError, RecipeError
 from siesta.rl import checkpoints
+from siesta.rl.cost import charged
 from siesta.rl.recipe import Recipe, dump_recipe
 from siesta.rl.resumable import agreed
 
@@ -133,7 +136,8 @@ class Run:
         agreed(self.check_models)
         if PartialState().is_main_process:
             write_atomically(self.path / "started.json", json.dumps({name: self.prints(name)}) + "\n")
-        work()
+        with charged(self.path, name, write_atomically) if PartialState().is_main_process else nullcontext():
+            work()
         PartialState().wait_for_everyone()
         if PartialState().is_main_process:
             if name in MODELS and (self.path / name).is_dir():
