@@ -29,7 +29,7 @@ from siesta.rl.context import Context
 from siesta.rl.eval_numbers import Setting, checkpoint_numbers, over_checkpoints
 from siesta.rl.eval_report import draw, show
 from siesta.rl.evaluate import measure
-from siesta.rl.export import find_run
+from siesta.rl.export import final_model, find_run
 from siesta.rl.frontier import check_thresholds
 from siesta.rl.generation import complete, fixed_randomness
 from siesta.rl.judge import Judge
@@ -54,22 +54,6 @@ class Checkpoint:
     recipe: Recipe
 
 
-def model_of(run: Path, recipe: Recipe) -> Path:
-    """The final model of a run directory.
-
-    Raises:
-        ModelError: It has none, or its training has not ended.
-    """
-    places = [run / "rl", run / "export"] if recipe.rl.enabled else [run / "export", run / "warmup", run / "model"]
-    for folder in places:
-        if (folder / "config.json").is_file():
-            return folder
-    started = sorted(run.glob("rl/checkpoint-*"), key=lambda each: each.stat().st_mtime)
-    hint = f"name a checkpoint, such as {started[-1]}" if started else "train it first"
-    names = ", ".join(f"{folder.name}/" for folder in places)
-    raise ModelError(f"{run}: this run directory has no final model (looked in {names}); {hint}")
-
-
 def find_checkpoint(path: str, recipe: str | None, overrides: Sequence[str]) -> Checkpoint:
     """The model that a path or a hub name stands for, with a recipe given or found above it.
 
@@ -87,7 +71,7 @@ def find_checkpoint(path: str, recipe: str | None, overrides: Sequence[str]) -> 
     loaded = load_recipe(recipe or cast(Path, own) / "recipe.yaml", overrides)
     folder = path
     if own is not None and own == place:
-        folder = str(model_of(place, load_recipe(place / "recipe.yaml")))
+        folder = str(final_model(place, load_recipe(place / "recipe.yaml"), or_export=True))
     # What lies in a run has its template and its quantisation behind it.
     changes: dict[str, Any] = {"path": folder, "revision": None, "quantization": None}
     changes |= {"chat_template": None} if own is not None else {}

@@ -73,8 +73,17 @@ class Context:
         return build_modes(self.recipe.modes, self.tokenizer)
 
     @cached_property
+    def _training(self) -> tuple[list[Example], int]:
+        return training_examples(self.recipe.data)
+
+    @property
+    def overlap(self) -> int:
+        """Training items that were left out because they also stand in an evaluation set."""
+        return self._training[1]
+
+    @cached_property
     def train_examples(self) -> list[Example]:
-        examples, dropped = training_examples(self.recipe.data)
+        examples, dropped = self._training
         if dropped:
             self.say(f"data: {dropped} training items also stand in an evaluation set (same text); they are left out")
         return examples

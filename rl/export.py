@@ -1,28 +1,28 @@
 """Export a checkpoint as a folder that `from_pretrained` and `vllm serve` take as it is.
 
-siesta export outputs/quickstart/rl/checkpoint-75 exported     # any checkpoint, LoRA or not
+siesta export outputs/quickstart exported                       # the run's final model
+siesta export outputs/quickstart/rl/checkpoint-75 exported      # any checkpoint, LoRA or not
+siesta export outputs/quickstart exported --push-to-hub me/my-model --private
 """
 
 import argparse
-import importlib.metadata
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from huggingface_hub import HfApi
 from transformers import GenerationConfig
 
 from siesta.data.errors import ModelError
 from siesta.data.prompts import end_id, pad_id
+from siesta.rl.card import RECIPE_FILE, gather, model_card
 from siesta.rl.console import quiet_libraries
 from siesta.rl.exits import DEBUG_HELP, command
+from siesta.rl.hub import Target, check_folder
 from siesta.rl.models import build_modes, load_tokenizer, save_model
-from siesta.rl.origin import Origin, read_origin
 from siesta.rl.recipe import Recipe, dump_recipe, load_recipe
 from siesta.rl.serving import write_rules
 from siesta.rl.sleep.factory import load_whole
-
-PACKAGES = ("siesta-rl", "torch", "transformers", "trl", "accelerate", "peft")
 
 
 def find_run(checkpoint: Path) -> Path:
@@ -33,14 +33,45 @@ def find_run(checkpoint: Path) -> Path:
     raise ModelError(f"{checkpoint}: no run directory above it (recipe.yaml is missing)")
 
 
-def export_checkpoint(checkpoint: Path, out: Path, *, run: Path, dtype: str | None = None) -> None:
-    """Write weights, tokenizer, generation config and model card.
+def final_model(run: Path, recipe: Recipe, *, or_export: bool = False) -> Path:
+    """The stage whose weights a run ends with; or its export, where only that was kept.
+
+    Raises:
+        ModelError: It has not come so far.
+    """
+    places = [run / name for name in (("rl",) if recipe.rl.enabled else ("warmup", "model"))]
+    places += [run / "export"] if or_export else []
+    for folder in places:
+        if (folder / "config.json").is_file():
+            return folder
+    started = sorted(run.glob("rl/checkpoint-*"), key=lambda each: each.stat().st_mtime)
+    hint = f"name a checkpoint, such as {started[-1]}" if started else "train it first"
+    names = ", ".join(f"{folder.name}/" for folder in places)
+    raise ModelError(f"{run}: this run directory has no final model (looked in {names}); {hint}")
+
+
+def find_model(path: Path) -> tuple[Path, Path]:
+    """Run directory and checkpoint of a run directory (its final one) or of a checkpoint in one.
+
+    Raises:
+        ModelError: There is none.
+    """
+    if (path / "recipe.yaml").is_file():
+        return path, final_model(path, load_recipe(path / "recipe.yaml"))
+    return find_run(path), path
+
+
+def export_checkpoint(
+    checkpoint: Path, out: Path, *, run: Path, dtype: str | None = None, licence: str | None = None
+) -> None:
+    """Write weights, tokenizer, generation config, modes, recipe and model card.
 
     Args:
         checkpoint: A stage's folder or a `checkpoint-N`; an adapter is merged.
         out: Folder to write.
         run: The run it belongs to; gives recipe, template and evaluation.
         dtype: Of the weights; as trained by default.
+        licence: Of the model, for its card.
 
     Raises:
         ModelError: There is no model in `checkpoint`.
@@ -59,66 +90,9 @@ def export_checkpoint(checkpoint: Path, out: Path, *, run: Path, dtype: str | No
     save_model(model, tokenizer, out)
     modes = build_modes(recipe.modes, tokenizer)
     write_rules(out, modes, eos_id=end_id(tokenizer), instruction=recipe.data.instruction)
-    evaluation = run / "evaluation.json"
-    results = json.loads(evaluation.read_text()) if evaluation.exists() else None
-    card = model_card(recipe, checkpoint, results, read_origin(run / "model"))
+    (out / RECIPE_FILE).write_text(dump_recipe(recipe), encoding="utf-8")
+    card = model_card(gather(run, recipe, checkpoint, licence))
     (out / "README.md").write_text(card, encoding="utf-8")
-
-
-def model_card(recipe: Recipe, checkpoint: Path, results: dict | None, origin: Origin | None) -> str:
-    """What was trained, how, with which versions, and what it scored."""
-    base = origin or recipe.model.path or "an embedded model, built from scratch"
-    tokens = ", ".join(f"`{mode.token}` ({name})" for name, mode in recipe.modes.items())
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
-    parts = [
-        "---\nlibrary_name: transformers\ntags: [siesta, degrpo, grpo]\n---",
-        f"# {recipe.tracking.run}",
-        f"Trained with siesta from {base}; this is `{checkpoint.name}` of the run. The first token of every answer is "
-        f"a control token that names its mode: {tokens}. The chat template ends right before it.",
-    ]
-    if results:
-        last = list(results)[-1]
-        parts += [
-            "## Evaluation",
-            "Of the run's final checkpoint, on its test items.",
-            markdown_table(results[last]),
-        ]
-    parts += [
-        "## Versions",
-        versions,
-        "## Recipe",
-        "```yaml\n" + dump_recipe(recipe) + "```",
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def markdown_table(result: dict, decoding: str = "greedy") -> str:
-    """One decoding of `policies.table` in Markdown."""
-    rows = result[decoding]
-    last = list(rows["free"]["shares"])[-1]
-    levels = list(rows["free"]["levels"]) if len(rows["free"]["levels"]) > 1 else []
-    header = [
-        "policy",
-        "accuracy % [95 %]",
-        "tokens",
-        f"{last} %",
-        "regret",
-        *(f"{last} % L{level}" for level in levels),
-    ]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    for name, row in rows.items():
-        low, high = row["interval"]["accuracy"]
-        cells = [
-            name,
-            f"{100 * row['accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]",
-            f"{row['tokens']:.1f}",
-            f"{100 * row['shares'][last]:.0f}",
-            f"{row['regret']:.3f}",
-            *(f"{100 * row['levels'][level]['shares'][last]:.0f}" for level in levels),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines.append(f"\n{result['items']} items, {decoding} decoding; brackets: 95 % bootstrap interval over items.")
-    return "\n".join(lines)
 
 
 @command
@@ -127,13 +101,25 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="siesta export", description="Export a checkpoint of a run.", epilog=DEBUG_HELP
     )
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"])
+    parser.add_argument("checkpoint", type=Path, help="a run directory, or a stage or checkpoint in it")
+    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the weights; as trained if left out")
+    parser.add_argument("--license", metavar="ID", help="of this model, for its card, such as apache-2.0")
+    parser.add_argument("--push-to-hub", metavar="NAME", help="then upload the folder as this model (owner/name)")
+    parser.add_argument("--private", action="store_true", help="in a repository that only its owner sees")
     options = parser.parse_args(arguments)
+    if options.private and options.push_to_hub is None:
+        parser.error("argument --private: belongs to --push-to-hub")
     quiet_libraries()
-    export_checkpoint(options.checkpoint, options.out, run=find_run(options.checkpoint), dtype=options.dtype)
+    target = None
+    if options.push_to_hub is not None:
+        target = Target.checked(HfApi(), options.push_to_hub, private=options.private)
+        check_folder(options.out)
+    run, checkpoint = find_model(options.checkpoint)
+    export_checkpoint(checkpoint, options.out, run=run, dtype=options.dtype, licence=options.license)
     print(f"exported to {options.out}")
+    if target is not None:
+        print(f"uploaded to {target.upload(options.out)}")
     return 0
 
 

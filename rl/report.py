@@ -6,7 +6,7 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from siesta.rl.export import markdown_table
+from siesta.rl.card import markdown_table
 from siesta.rl.policies import hack_line
 
 

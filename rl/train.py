@@ -9,6 +9,7 @@ traceback is kept in the run directory.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 
@@ -18,6 +19,7 @@ from rich.console import Console
 
 from siesta.data.errors import RecipeError
 from siesta.data.loading import skipped_rows
+from siesta.rl.card import DATA_FILE
 from siesta.rl.config import DeGRPOConfig, check_method
 from siesta.rl.console import quiet_libraries, tracked
 from siesta.rl.context import Context
@@ -30,7 +32,7 @@ from siesta.rl.modes import check_prompts
 from siesta.rl.precision import lost_updates
 from siesta.rl.quantize import quantization_config
 from siesta.rl.recipe import Recipe, dump_recipe, load_recipe
-from siesta.rl.run import Run
+from siesta.rl.run import Run, write_atomically
 from siesta.rl.sleep.context_trainer import check_batch
 from siesta.rl.sleep.state_trainer import check_states
 from siesta.rl.stages import STAGES, rl_config, show_evaluation, warmup_config
@@ -122,6 +124,23 @@ def check_model(recipe: Recipe, context: Context) -> None:
             context.say(f"{name}: {line}")
 
 
+def data_sizes(context: Context) -> dict[str, int]:
+    """Items of each split as this run uses them, and how many were left out because they stand in two."""
+    recipe = context.recipe
+    validation = max(
+        recipe.warmup.check_items if recipe.warmup.enabled else 0,
+        recipe.evaluate.every_items if recipe.evaluate.every and recipe.rl.enabled else 0,
+    )
+    sizes = {
+        "train": len(context.train_examples),
+        "validation": len(context.examples("validation", validation)) if validation else 0,
+        "test": len(context.examples("test", recipe.evaluate.items)),
+        "overlap": context.overlap,
+    }
+    sizes |= {"rl": len(context.rl_examples)} if recipe.rl.enabled else {}
+    return sizes | ({"warmup": len(context.warmup_examples)} if recipe.warmup.enabled else {})
+
+
 def run_recipe(recipe: Recipe) -> None:
     """Do every stage that is not finished.
 
@@ -141,6 +160,8 @@ def run_recipe(recipe: Recipe) -> None:
         preflight(recipe, context)
         run.check()
         run.prepare()
+        if PartialState().is_main_process:
+            write_atomically(run.path / DATA_FILE, json.dumps(data_sizes(context), indent=1) + "\n")
         say(launch)
         say(f"run directory {run.path}")
         for name, stage in STAGES.items():

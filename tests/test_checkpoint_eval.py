@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from siesta.data.schema import Example
-from siesta.rl.checkpoint_eval import contexts_of, find_checkpoint, model_of
+from siesta.rl.checkpoint_eval import contexts_of, find_checkpoint
 from siesta.rl.cli import main
+from siesta.rl.export import final_model
 from siesta.rl.recipe import load_recipe
 from tests.helpers import save_tiny_model
 
@@ -112,9 +113,9 @@ def test_bad_input_is_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
 
 def test_where_a_model_and_its_recipe_are_found(run: Path, tmp_path: Path) -> None:
     recipe = load_recipe(run / "recipe.yaml")
-    assert model_of(run, recipe) == run / "rl"
+    assert final_model(run, recipe) == run / "rl"
     recipe.rl.enabled = False
-    assert model_of(run, recipe) == run / "export"
+    assert final_model(run, recipe) == run / "warmup"
     assert find_checkpoint(str(run / "warmup"), None, []).recipe.model.path == str(run / "warmup")
     other = find_checkpoint(str(run), "hop", ["evaluate.items=3"]).recipe
     assert (other.data.task, other.evaluate.items, other.model.path) == ("hop", 3, str(run / "rl"))
