@@ -16,7 +16,7 @@ from siesta.rl.console import Tracker
 from siesta.rl.recipe import GuardSection
 from siesta.rl.resumable import StatefulCallback
 from siesta.rl.run import write_atomically
-from siesta.rl.tracking import attempt
+from siesta.rl.tracking import STEP, attempt
 from siesta.rl.trainer import DeGRPOTrainer
 
 logger = logging.getLogger(__name__)
@@ -129,7 +129,9 @@ class SampleFile(TrainerCallback):
             cells: list[Any] = [[str(v) for v in row.values()] for row in rows]
             self.to_wandb = attempt(
                 "the table of samples in wandb",
-                lambda: wandb.log({"samples": wandb.Table(columns=list(rows[0]), data=cells)}, commit=False),
+                lambda: wandb.log(
+                    {"samples": wandb.Table(columns=list(rows[0]), data=cells), STEP: state.global_step}
+                ),
             )
 
 

@@ -186,8 +186,8 @@ def about(facts: Facts) -> Iterator[str]:
     yield f"# {recipe.tracking.run}"
     yield (
         f"Trained with siesta from {base}; these are the {'final' if facts.final else facts.checkpoint.name} weights "
-        "of the run. The first token of every answer is a control token that names its mode; the chat template ends right "
-        "before it, and the model chooses."
+        "of the run. The first token of every answer is a control token that names its mode; the chat template ends "
+        "right before it, and the model chooses."
     )
     rows = [
         [name, f"`{mode.token}`", f"{mode.max_tokens:,}", f"{mode.correct:g}", f"{mode.wrong:g}"]

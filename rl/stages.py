@@ -8,7 +8,6 @@ from typing import Any, cast
 from datasets import Dataset
 from transformers import PrinterCallback, Trainer
 from trl import SFTConfig, SFTTrainer
-from trl.models.utils import unwrap_model_for_generation
 
 from siesta.data.errors import RecipeError
 from siesta.data.prompts import messages
@@ -25,6 +24,8 @@ from siesta.rl.launch import trainer_line
 from siesta.rl.models import lora_config, make_model, save_model
 from siesta.rl.modes import check_stage_ids
 from siesta.rl.origin import read_origin
+from siesta.rl.page import read_story
+from siesta.rl.panels import Panels, final_panels
 from siesta.rl.policies import Measurement
 from siesta.rl.precision import default_device, mixed_by_default
 from siesta.rl.quantize import quantization_config
@@ -41,6 +42,7 @@ from siesta.rl.sleep.warmup import writer_rows
 from siesta.rl.timing import Profile
 from siesta.rl.tracking import start_trackers
 from siesta.rl.trainer import DeGRPOTrainer
+from siesta.rl.validation import validate
 from siesta.rl.warmup import IGNORED, StopOnAccuracy, accuracy_by_level, check_gate, warmup_rows
 from siesta.rl.warmup_trainer import SortedWarmupTrainer, WarmupTrainer
 
@@ -270,56 +272,15 @@ def rl_stage(context: Context) -> None:
     watch(context, trainer, "rl", columns | {"mode/mass": "mass", "validation/regret": "validation regret"})
     if recipe.evaluate.every:
         validation = context.examples("validation", recipe.evaluate.every_items)
-        trainer.add_callback(
-            Validation(trainer, recipe.evaluate.every, lambda: validate(context, trainer, validation))
-        )
+        panels = Panels("wandb" in recipe.tracking.report_to)
+        measure_now = partial(validate, context, trainer, validation, panels)
+        trainer.add_callback(Validation(trainer, recipe.evaluate.every, measure_now))
     take = partial(trainer.reward_function.samples, recipe.tracking.samples)
     trainer.add_callback(SampleFile(context.path / "samples.jsonl", take, "wandb" in recipe.tracking.report_to))
     train(context, trainer, "rl")
     save_trained(context, trainer, "rl")
     if guard.fired_at is not None and recipe.rl.guard.action == "stop":
         raise GuardStop(f"collapse guard stopped the run at step {guard.fired_at}: {guard.reason}")
-
-
-def validate(context: Context, trainer: DeGRPOTrainer, examples) -> dict[str, float]:
-    """Numbers of the free policy on validation items; sharded weights are gathered on every rank first."""
-    with unwrap_model_for_generation(cast(Any, trainer.model_wrapped), trainer.accelerator) as model:
-        values = {}
-        if main_process():
-            measured = context.measure(cast(Any, model), examples, samples=context.recipe.evaluate.every_samples)
-            values = validation_numbers(policies.table(measured, resamples=1, seed=0))
-            if context.sleeps:
-                values |= validate_states(context, cast(Any, model), examples)
-    trainer.accelerator.wait_for_everyone()
-    return values
-
-
-def validate_states(context: Context, model: Any, examples: list[Example]) -> dict[str, float]:
-    """The same numbers for readers of the contexts' own states, `validation/own/...`, and what those states are."""
-    states = context.slept(model, examples)
-    samples = context.recipe.evaluate.every_samples
-    measured = context.measure_states(model, states, samples, only=["own"])["own"]
-    numbers = validation_numbers(policies.table(measured, resamples=1, seed=0))
-    values = {name.replace("validation/", "validation/own/"): value for name, value in numbers.items()}
-    return values | {f"validation/{name}": float(own.mean()) for name, own in states.numbers.items()}
-
-
-def validation_numbers(result: dict) -> dict[str, float]:
-    """The free policy's row as flat metrics: sampled shares P(m), greedy accuracy, regret of both."""
-    greedy, sampled = result["greedy"]["free"], result["sampled"]["free"]
-    values = {
-        "validation/accuracy": greedy["accuracy"],
-        "validation/tokens": greedy["tokens"],
-        "validation/regret": greedy["regret"],
-        "validation/regret_sampled": sampled["regret"],
-    }
-    for mode in sampled["shares"]:
-        values[f"validation/prob/{mode}"] = sampled["shares"][mode]
-        values[f"validation/accuracy_always/{mode}"] = result["greedy"][f"always-{mode}"]["accuracy"]
-        for level, row in sampled["levels"].items():
-            values[f"validation/prob/{mode}/level_{level}"] = row["shares"][mode]
-            values[f"validation/choice/{mode}/level_{level}"] = greedy["levels"][level]["shares"][mode]
-    return values
 
 
 def evaluate_stage(context: Context) -> None:
@@ -349,6 +310,7 @@ def evaluate_stage(context: Context) -> None:
         results[name] = policies.table(measured, **bootstrap)
     write_atomically(context.path / "evaluation.json", json.dumps(results, indent=1) + "\n")
     show_evaluation(context)
+    Panels("wandb" in context.recipe.tracking.report_to).show(lambda: final_panels(read_story(context.path)))
 
 
 def show_evaluation(context: Context) -> None:

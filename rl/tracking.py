@@ -13,6 +13,7 @@ import socket
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any, ClassVar, cast
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -28,6 +29,9 @@ logger = logging.getLogger(__name__)
 WANDB_SERVER = "https://api.wandb.ai"
 CONNECT_LIMIT = 5.0  # seconds
 PORTS = {"http": 80, "https": 443}
+FINISH_LIMIT = "120"  # seconds that wandb has to send what is left of a stage; its files hold it in any case
+STEP = "train/global_step"  # what wandb draws everything over
+SUMMARY = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss", "total_flos")
 
 
 def attempt(what: str, work: Callable[[], object]) -> bool:
@@ -57,8 +61,37 @@ def steady(name: str, kind: type[TrainerCallback]) -> type[TrainerCallback]:
     return type(f"Steady{kind.__name__}", (kind,), {"given_up": False, **{event: guarded(event) for event in EVENTS}})
 
 
+class StageRun(WandbCallback):
+    """Each stage is a wandb run of its own, in the group of the recipe's run: transformers' callback would go on in
+    the run of the stage before, with steps that begin again at 0.
+
+    A metric called `group/name` keeps its name, so that wandb's sections are our groups; others become `train/name`.
+    """
+
+    opened: ClassVar[str | None] = None  # id of the run that a stage of this process has opened
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        before = self._wandb.run
+        if not self._initialized and before is not None and before.id == StageRun.opened:
+            self._wandb.finish()
+        super().on_train_begin(args, state, control, model=model, **kwargs)
+        if before is None or before is not self._wandb.run:
+            StageRun.opened = None if self._wandb.run is None else self._wandb.run.id
+
+    def on_log(self, args, state, control, model=None, logs=None, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        if not self._initialized:
+            self.setup(args, state, model)
+        found = dict(logs or {})
+        for name in [name for name in SUMMARY if name in found]:
+            cast(Any, self._wandb.run).summary[name] = found.pop(name)
+        curves = {name if "/" in name else f"train/{name}": value for name, value in found.items()}
+        self._wandb.log(curves | {STEP: state.global_step})
+
+
 STEADY = {
-    "wandb": steady("wandb", WandbCallback),
+    "wandb": steady("wandb", StageRun),
     "tensorboard": steady("tensorboard", TensorBoardCallback),
     "trackio": steady("trackio", TrackioCallback),
 }
@@ -109,6 +142,9 @@ def start_trackers(section: TrackingSection, run_dir: Path) -> list[str]:
             os.environ["WANDB_MODE"] = "online" if has_wandb_key() and answers(wandb_server()) else "offline"
         os.environ.setdefault("WANDB_DIR", str(run_dir))
         os.environ.setdefault("WANDB_PROJECT", section.project)
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", FINISH_LIMIT)
+        if section.run is not None:
+            os.environ.setdefault("WANDB_RUN_GROUP", section.run)
     if "trackio" in section.report_to:
         os.environ.setdefault("TRACKIO_DIR", str(run_dir / "trackio"))
     if "tensorboard" in section.report_to:

@@ -482,7 +482,7 @@ def test_the_table_of_samples_is_given_up_too(
     wandb = pytest.importorskip("wandb")
     calls: list[dict] = []
 
-    def log(values: dict, commit: bool) -> None:
+    def log(values: dict) -> None:
         calls.append(values)
         raise wandb.Error("no run")
 
@@ -499,8 +499,14 @@ def test_a_run_without_its_tracker_s_server_is_whole_and_holds_no_secret(tmp_pat
     """There is a key, and nothing listens where wandb's server should be: offline files, decided before the start."""
     pytest.importorskip("wandb")
     small = ["model.embedded={layers: 1, hidden_size: 16, heads: 2}", "data.train_size=200", "warmup.enabled=false"]
-    short = ["evaluate.every=0", "evaluate.items=8", "evaluate.samples=1", "evaluate.resamples=1"]
-    steps = ["evaluate.before=false", "rl.max_steps=2", "rl.logging_steps=1", "rl.save_steps=1"]
+    short = ["evaluate.every=1", "evaluate.items=8", "evaluate.samples=1", "evaluate.resamples=1"]
+    steps = [
+        "evaluate.every_items=8",
+        "evaluate.before=false",
+        "rl.max_steps=2",
+        "rl.logging_steps=1",
+        "rl.save_steps=1",
+    ]
     command = [sys.executable, "-m", "siesta.rl.train", "smoke", "tracking.report_to=[wandb]", *small, *short, *steps]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
     environment |= SECRETS | {"WANDB_BASE_URL": "http://localhost:9", "no_proxy": "localhost"}
@@ -514,6 +520,9 @@ def test_a_run_without_its_tracker_s_server_is_whole_and_holds_no_secret(tmp_pat
     names = {file.name for file in files}
     assert {"recipe.yaml", "metrics.jsonl", "README.md", "optimizer.pt", "model.safetensors"} <= names
     (offline,) = (tmp_path / "outputs/smoke/wandb").glob("offline-run-*/run-*.wandb")
+    media = {file.name.rsplit("_", 2)[0] for file in (offline.parent / "files" / "media").rglob("*.*")}
+    assert {"levels", "calibration", "accuracy by level"} <= media, "of validations"
+    assert {"samples", "policies", "samples side by side", "accuracy against tokens"} <= media, "of the end"
     assert b"smoke-rl" in offline.read_bytes(), "negative control: what wandb keeps can be searched"
     contents = [(str(file), file.read_bytes()) for file in files] + [("output", (done.stdout + done.stderr).encode())]
     assert [(name, key) for name, text in contents for key, value in SECRETS.items() if value.encode() in text] == []
