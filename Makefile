@@ -1,4 +1,4 @@
-# make setup | check | test | lock | quickstart | quickstart-sleep | smoke | weights | results-quickstart | results-sleep | results-sleep-cpu
+# make setup | check | test | docs | lock | quickstart | quickstart-sleep | smoke | weights | results-quickstart | results-sleep | results-sleep-cpu
 #      results-speed-cpu | results-speed-gpu | results-real | results-rule110 | faults
 PYTHON ?= python3
 VENV := .venv
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml -m siesta.rl.train
 
-.PHONY: setup check test lock quickstart quickstart-sleep smoke weights results-quickstart results-sleep results-sleep-cpu \
+.PHONY: setup check test docs lock quickstart quickstart-sleep smoke weights results-quickstart results-sleep results-sleep-cpu \
   results-speed-cpu results-speed-gpu results-real clean
 
 setup: $(VENV)/.installed build/typing/siesta
@@ -42,6 +42,11 @@ lock:
 
 test: setup
 	$(BIN)/pytest -n 2 --dist loadfile
+
+# Pages in build/site; `mkdocs serve` shows them with a search box. The variable silences an advertisement. Without
+# --quiet, which would hide the warnings from --strict as well.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 quickstart: setup
 	$(LAUNCH) recipes/quickstart.yaml
