@@ -57,7 +57,7 @@ def draw(file: Path) -> None:
         panel.set_ylabel("pull towards short")
         panel.legend(frameon=False)
         file.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(file, dpi=150)
+        figure.savefig(file, dpi=110)
 
 
 def main() -> None:
