@@ -1,9 +1,10 @@
 """Every command and every example of README and docs runs, in the order of its page.
 
 A shell block is run by bash with stand-ins for its programs, which say what it would start; each of these commands is
-then done in this process, in a folder that holds a tiny run of the quickstart. `CUT` names what is cut
-short and why, `PROGRAMS` what is done about each program. Python blocks run as they stand; one with a `text` block
-right behind it prints just that. A block with a title is a file.
+then done in this process, in a folder that holds a tiny run of the quickstart. `CUT` names what is cut short and why,
+`PROGRAMS` what is done about each program: vLLM, lm-eval, Docker and what needs a GPU or a network is not here, and of
+those the arguments are read. Python blocks run as they stand; one with a `text` block behind it prints just that.
+A block with a title is a file.
 """
 
 import argparse
@@ -19,8 +20,10 @@ from contextlib import redirect_stdout
 from fnmatch import fnmatchcase
 from importlib import import_module
 from importlib.util import find_spec
+from os import listdir
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import huggingface_hub
 import pytest
@@ -28,6 +31,7 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
+from siesta.data.sources import TASKS
 from siesta.rl import cli
 from siesta.rl.recipe import Recipe, load_recipe
 from siesta.rl.serving import find_rules
@@ -80,7 +84,6 @@ CUT: dict[str, tuple[list[str] | None, str]] = {
     "report outputs/a outputs/b *": (PARSED, "like that of three runs in the tutorial"),
     "siesta.data.pregenerate *": (PARSED, "120,000 items"),
 }
-DONE: set[tuple[Path, Call]] = set()
 # Runs that a page takes for granted: copies of the tiny one.
 READY = ["a", "b", "c", "quickstart-0", "quickstart-1", "quickstart-2", "warmer", "frugal"]
 MINE = """\
@@ -89,6 +92,9 @@ teachers: {short: {from: written}, think: {from: written}}
 data: {task: calc, train_size: 60}
 evaluate: {items: 8, resamples: 10}
 """
+
+
+DONE: set[tuple[Path, Call]] = set()  # folder and command
 
 
 class Parsed(Exception):
@@ -106,10 +112,10 @@ def parsed(main: Callable[[], Any], arguments: list[str], monkeypatch: pytest.Mo
 
         return stop
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patched:
         for name in ("parse_args", "parse_intermixed_args"):
-            patch.setattr(argparse.ArgumentParser, name, stopping(vars(argparse.ArgumentParser)[name]))
-        patch.setattr(sys, "argv", ["program", *arguments])
+            patched.setattr(argparse.ArgumentParser, name, stopping(vars(argparse.ArgumentParser)[name]))
+        patched.setattr(sys, "argv", ["program", *arguments])
         with pytest.raises(Parsed):
             main()
     return found[0]
@@ -256,9 +262,9 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder like a checkout after the quickstart: recipes, a tiny run in outputs/quickstart, and copies of it."""
     folder = tmp_path_factory.mktemp("docs")
     (folder / "recipes").symlink_to(ROOT / "recipes")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        siesta(Call(("siesta", "train", "quickstart"), ""), patch)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        siesta(Call(("siesta", "train", "quickstart"), ""), monkeypatch)
     run = folder / "outputs" / "quickstart"
     shutil.copytree(run / "rl" / "checkpoint-1", run / "rl" / "checkpoint-75")
     for name in READY:
@@ -282,21 +288,21 @@ def test_commands_and_examples_run(page: Path, ready: Path, monkeypatch: pytest.
     monkeypatch.chdir(ready)
     monkeypatch.syspath_prepend(ready)
     # The one call that would need a network; the folder that it names is looked at.
-    uploaded = lambda repo_id, folder_path: list(Path(folder_path).iterdir())  # noqa: E731
-    monkeypatch.setattr(huggingface_hub, "upload_folder", uploaded)
-    for block in blocks(page.read_text(encoding="utf-8")):
-        if block.title:
-            Path(block.title).write_text(block.text, encoding="utf-8")
-        elif block.language == "bash":
-            run_script(block.text, ready, monkeypatch)
-        elif block.language == "python":
-            printed = io.StringIO()
-            with redirect_stdout(printed):
-                exec(compile(block.text, str(page), "exec"), {"__name__": "example"})
-            assert block.output in (None, printed.getvalue()), f"{page.name} shows another output"
-        elif block.language == "yaml":
-            sections = set(yaml.safe_load(block.text))
-            assert sections <= {"base", *Recipe.model_fields}, f"{page.name}: not sections of a recipe"
+    monkeypatch.setattr(huggingface_hub, "upload_folder", lambda repo_id, folder_path: listdir(folder_path))
+    with patch.dict(TASKS):  # a page adds one
+        for block in blocks(page.read_text(encoding="utf-8")):
+            if block.title:
+                Path(block.title).write_text(block.text, encoding="utf-8")
+            elif block.language == "bash":
+                run_script(block.text, ready, monkeypatch)
+            elif block.language == "python":
+                printed = io.StringIO()
+                with redirect_stdout(printed):
+                    exec(compile(block.text, str(page), "exec"), {"__name__": "example"})
+                assert block.output in (None, printed.getvalue()), f"{page.name} shows another output"
+            elif block.language == "yaml":
+                sections = set(yaml.safe_load(block.text))
+                assert sections <= {"base", *Recipe.model_fields}, f"{page.name}: not sections of a recipe"
 
 
 def test_the_notebook_runs(ready: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -329,6 +335,16 @@ def test_commands_within_the_text_exist(page: Path, monkeypatch: pytest.MonkeyPa
                 assert find_spec(name), line
                 if name.startswith("benchmarks."):
                     parsed(import_module(name).main, arguments, monkeypatch)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_stand_in_shell_blocks(page: Path) -> None:
+    """A block without a language is not run, so it must not start with a program."""
+    fences = page.read_text(encoding="utf-8").split("\n```")[1:]
+    plain = [text for text in fences[::2] if text.startswith("\n")]
+    assert len(fences) % 2 == 0
+    for text in plain:
+        assert text.split()[0] not in PROGRAMS, f"{page.name}: name the language of the block with `{text.split()[0]}`"
 
 
 @pytest.mark.parametrize(
