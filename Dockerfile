@@ -4,9 +4,10 @@
 #   docker run --gpus all --shm-size 8g -v "$PWD/outputs:/siesta/outputs" siesta train smollm2_135m
 FROM python:3.11-slim-bookworm
 
-# Triton and torch.compile build small extensions at run time; a model hub may ask for git.
+# Triton and torch.compile build small extensions at run time. (DeepSpeed builds kernels of its own where a setting asks
+# for them, such as offloading; that takes nvcc, which is not in this image.)
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends build-essential git \
+    && apt-get install --yes --no-install-recommends build-essential \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /siesta
