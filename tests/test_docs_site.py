@@ -3,14 +3,14 @@
 import logging
 import posixpath
 import re
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
 from mkdocs.exceptions import Abort
-
-from docs import site_hooks
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -18,6 +18,19 @@ GITHUB = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PAGES]
 # Elements that a browser fetches at once; a link that a reader may follow is none.
 FETCHED = re.compile(r"<(?:script|link|img|iframe|source)\b[^>]*?\b(?:src|href)=\"?((?:https?:)?//[^\s\">]+)")
 LINK = re.compile(r"\]\((?!https?://)([^()\s]+)\)")
+
+
+def load_hooks() -> Any:
+    """The module of the hooks, by its path as mkdocs loads it."""
+    spec = spec_from_file_location("site_hooks", ROOT / "docs" / "site_hooks.py")
+    assert spec
+    assert spec.loader
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+site_hooks = load_hooks()
 
 
 @pytest.fixture(scope="module")
