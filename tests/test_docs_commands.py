@@ -97,8 +97,8 @@ evaluate: {items: 8, resamples: 10}
 DONE: set[tuple[Path, Call]] = set()  # folder and command
 
 
-class Parsed(Exception):
-    """Arguments were read; raised in the place of what would follow."""
+class Parsed(BaseException):
+    """Arguments were read; raised in the place of what would follow, past whoever reports errors."""
 
 
 def parsed(main: Callable[[], Any], arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
