@@ -1,5 +1,5 @@
 # make setup | check | test | docs | lock | quickstart | quickstart-sleep | smoke | weights | results-quickstart | results-sleep | results-sleep-cpu
-#      results-speed-cpu | results-speed-gpu | results-real | results-rule110 | faults
+#      results-speed-cpu | results-speed-gpu | results-real | results-serving | results-rule110 | faults
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -108,6 +108,11 @@ results-real:
 	python -m benchmarks.real --data outputs/items --jobs $(JOBS)
 	python -m benchmarks.real --recipe smollm2_gsm8k --data outputs/gsm8k --jobs $(JOBS)
 	python -m benchmarks.zero --model outputs/real/smollm2_135m/warm-0/warmup --data outputs/items --jobs 4 --set rl.per_device_train_batch_size=128
+
+# The same machine, after results-real: an exported model behind vllm serve.
+.PHONY: results-serving
+results-serving:
+	python -m benchmarks.serving outputs/real/smollm2_135m/target-0 --out docs/results/serving/smollm2_135m.json
 
 # A longer sleep on Rule 110: a machine with one CUDA device, a quarter of an hour.
 .PHONY: results-rule110
