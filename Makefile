@@ -1,5 +1,5 @@
-# make setup | check | test | lock | quickstart | quickstart-sleep | smoke | weights | results-quickstart | results-sleep | results-sleep-cpu
-#      results-speed-cpu | results-speed-gpu | results-real | results-rule110 | faults
+# make setup | check | test | docs | lock | quickstart | quickstart-sleep | smoke | weights | results-quickstart | results-sleep | results-sleep-cpu
+#      results-speed-cpu | results-speed-gpu | results-real | results-serving | results-rule110 | faults
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml -m siesta.rl.train
 
-.PHONY: setup check test lock quickstart quickstart-sleep smoke weights results-quickstart results-sleep results-sleep-cpu \
+.PHONY: setup check test docs lock quickstart quickstart-sleep smoke weights results-quickstart results-sleep results-sleep-cpu \
   results-speed-cpu results-speed-gpu results-real clean
 
 setup: $(VENV)/.installed build/typing/siesta
@@ -42,6 +42,11 @@ lock:
 
 test: setup
 	$(BIN)/pytest -n 2 --dist loadfile
+
+# Pages in build/site; `mkdocs serve` shows them with a search box. The variable silences an advertisement. Without
+# --quiet, which would hide the warnings from --strict as well.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 quickstart: setup
 	$(LAUNCH) recipes/quickstart.yaml
@@ -103,6 +108,11 @@ results-real:
 	python -m benchmarks.real --data outputs/items --jobs $(JOBS)
 	python -m benchmarks.real --recipe smollm2_gsm8k --data outputs/gsm8k --jobs $(JOBS)
 	python -m benchmarks.zero --model outputs/real/smollm2_135m/warm-0/warmup --data outputs/items --jobs 4 --set rl.per_device_train_batch_size=128
+
+# The same machine, after results-real: an exported model behind vllm serve.
+.PHONY: results-serving
+results-serving:
+	python -m benchmarks.serving outputs/real/smollm2_135m/target-0 --out docs/results/serving/smollm2_135m.json
 
 # A longer sleep on Rule 110: a machine with one CUDA device, a quarter of an hour.
 .PHONY: results-rule110

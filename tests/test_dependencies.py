@@ -13,8 +13,8 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = ROOT / "requirements.lock"
-# Extras that are not in the lock file: tools of development, and vLLM, which brings a torch of its own.
-NOT_LOCKED = {"dev", "vllm"}
+# Extras that are not in the lock file: tools of development and of the docs, and vLLM, which brings its own torch.
+NOT_LOCKED = {"dev", "docs", "vllm"}
 
 # Package -> first version without the hole, and what it was.
 FIXED = {

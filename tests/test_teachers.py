@@ -78,9 +78,9 @@ def test_a_teacher_of_no_mode_is_refused(load: Callable) -> None:
         load("{from: written}", "{from: written}", "teachers.thnk={from: written}")
 
 
-def test_the_guides_example_is_a_recipe(load: Callable) -> None:
-    guide = (Path(__file__).resolve().parents[1] / "docs" / "guide.md").read_text()
-    teachers = yaml.safe_load("teachers:" + guide.partition("```yaml\nteachers:")[2].partition("```")[0])["teachers"]
+def test_the_example_of_the_docs_is_a_recipe(load: Callable) -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "warmup.md").read_text()
+    teachers = yaml.safe_load("teachers:" + page.partition("```yaml\nteachers:")[2].partition("```")[0])["teachers"]
     recipe = load(*map(json.dumps, teachers.values()))
     assert [section.origin for section in recipe.teachers.values()] == ["model", "model"]
 
