@@ -8,6 +8,8 @@ from typing import Any, cast
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from siesta.data.errors import DataError, RecipeError
 from siesta.data.prompts import messages
@@ -58,7 +60,18 @@ def rows(contexts: int, queries: int = QUERIES) -> Dataset:
     )
 
 
-def build(folder: Path, data: Dataset | None = None, sleep: dict | None = None, **settings: Any) -> SleepTrainer:
+def embedded_model(folder: Path) -> PreTrainedModel:
+    """The model that `build` starts from."""
+    return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(folder / "model")).eval()
+
+
+def build(
+    folder: Path,
+    data: Dataset | None = None,
+    sleep: dict | None = None,
+    peft_config: LoraConfig | None = None,
+    **settings: Any,
+) -> SleepTrainer:
     """A trainer on a tiny model; two contexts a step unless `settings` say otherwise."""
     judge = uneven_judge()
     model = embedded.build_model(judge.tokenizer, seed=0, layers=2, hidden_size=16, heads=2, init=0.2)
@@ -79,6 +92,7 @@ def build(folder: Path, data: Dataset | None = None, sleep: dict | None = None, 
         args=args,
         train_dataset=data if data is not None else rows(4),
         sleep=NotesSleep(judge.tokenizer, section, judge.modes.token_ids, temperature=1.0),
+        peft_config=peft_config,
     )
 
 
@@ -191,6 +205,30 @@ def test_the_gradient_is_that_of_the_answers_and_that_of_the_notes(tmp_path):
     loss.backward()
     grads = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters()]
     torch.testing.assert_close(torch.cat([grad.flatten() for grad in grads]), notes, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_kl_term_holds_the_writer_too(tmp_path, lora: bool):
+    """The reference is a model of its own, or the model without its adapter."""
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False) if lora else None
+    trainer = build(tmp_path, beta=0.5, peft_config=config)
+    batch = rollout_batch(trainer)
+    notes = select(batch, range(2 * BLOCK, len(batch["weights"])))
+    torch.testing.assert_close(notes["kl_weights"], notes["weights"])
+    reference = embedded_model(tmp_path)
+    for row in range(len(notes["weights"])):
+        ids, mask = with_prompts({key: value[[row]] for key, value in notes.items() if value.dim() == 2})
+        real = ids[mask.bool()][None]
+        written = int(notes["completion_mask"][row].sum())
+        with torch.no_grad():
+            logps = torch.log_softmax(reference(real).logits[0, :-1].float(), dim=-1)
+        by_hand = logps.gather(1, real[0, 1:, None])[1 - written :, 0]  # behind the sleep token, which was forced
+        torch.testing.assert_close(notes["ref_per_token_logps"][row, 1:written], by_hand, atol=1e-4, rtol=1e-4)
+    # Of notes without credit nothing is left but the KL term: no gradient at the reference, one beside it.
+    notes["advantages"] = torch.zeros_like(notes["advantages"])
+    assert (gradient(trainer, notes).norm() > 1e-4) == lora
+    trainer.beta = 0.0
+    assert gradient(trainer, notes).norm() < 1e-6
 
 
 @pytest.mark.parametrize("settings", [{"token_budget": 60}, {"share_prompts": True}])

@@ -10,11 +10,15 @@ of their own: the loss of the notes, of the modes and of the answers are means a
 What is overridden, beside what ContextTrainer overrides: `_generate_and_score_completions`, `_add_weights`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from trl.trainer.grpo_trainer import use_adapter
 
 from siesta.data.prompts import messages, pad_id
 from siesta.data.schema import Example
@@ -87,6 +91,16 @@ class SleepTrainer(ContextTrainer):
         example = Example("", row["context"], row["query"], row["answer"])
         return row | {"prompt": messages(self.sleep.reader(example, notes), self.sleep.instruction)}
 
+    @contextmanager
+    def _as_reference(self) -> Iterator[torch.nn.Module]:
+        """The reference policy, as TRL has it: a model of its own, or this one without its adapter."""
+        if self.ref_model is not None:
+            yield cast(torch.nn.Module, self.ref_model)
+            return
+        model = cast(Any, self.accelerator.unwrap_model(self.model))
+        with use_adapter(model, adapter_name="ref" if "ref" in model.peft_config else None):
+            yield cast(torch.nn.Module, self.model)
+
     # ---- credit ------------------------------------------------------------------------------------------------
 
     def _add_weights(self, batch: dict, rollouts: Rollouts, given: Credit, own: slice) -> None:
@@ -112,7 +126,8 @@ class SleepTrainer(ContextTrainer):
         """The written tokens of all passes as rows that `batch` can be joined with.
 
         Every token of notes (c, j) has weight `sleep.weight` / (N T) with T its tokens and N the texts of the
-        optimizer step over all ranks; the sleep token was forced and has none. These rows have no KL term, no mode.
+        optimizer step over all ranks; the sleep token was forced and has none. The KL term weighs as much, so that
+        `beta` holds the writer as well: what moves it is mostly the choice of the mode, which shares its weights.
         """
         passes = len(self._night.actions)
         prompts = [ids for step in self._night.actions for ids in step.prompt_ids]
@@ -136,13 +151,21 @@ class SleepTrainer(ContextTrainer):
             "importance_sampling_ratio": torch.ones(ids.shape),  # the notes come from the trainer's own weights
         }
         rows = {key: value.to(batch["prompt_ids"].device) for key, value in rows.items() if key in batch}
+        whole = torch.cat([rows["prompt_ids"], rows["completion_ids"]], dim=1)
+        whole_mask = torch.cat([rows["prompt_mask"], rows["completion_mask"]], dim=1)
+        logps = partial(
+            self._get_per_token_logps_and_entropies,
+            input_ids=whole,
+            attention_mask=whole_mask,
+            logits_to_keep=ids.shape[1],
+        )
         if "old_per_token_logps" in batch:
-            whole = torch.cat([rows["prompt_ids"], rows["completion_ids"]], dim=1)
-            whole_mask = torch.cat([rows["prompt_mask"], rows["completion_mask"]], dim=1)
-            rows["old_per_token_logps"] = self._get_per_token_logps_and_entropies(
-                self.model, whole, whole_mask, ids.shape[1]
-            )[0]
-        # The rest is about modes and about the KL term: nothing of that weighs here.
+            rows["old_per_token_logps"] = logps(self.model)[0]
+        if "ref_per_token_logps" in batch:
+            with self._as_reference() as reference:
+                rows["ref_per_token_logps"] = logps(reference)[0]
+            rows["kl_weights"] = rows["weights"]
+        # The rest is about modes: nothing of that weighs here.
         for key in batch.keys() - rows.keys():
             value = batch[key]
             token_wise = value.dim() == 2 and value.shape[1] == batch["completion_ids"].shape[1]
