@@ -139,7 +139,7 @@ class Heartbeat(TrainerCallback):
         self.passed, self.doing = 0, "at the start"
         self._step = 0
         self._main = threading.get_ident()
-        self._stop = threading.Event()
+        self._stop, self._due = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
 
     # ---- where the main thread is ----------------------------------------------------------------------------------
@@ -152,6 +152,7 @@ class Heartbeat(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         self._step = state.global_step
         self.reach("begin")
+        self._due.set()  # the last record of a rank that is gone then names its last step, however short steps are
 
     def on_substep_end(self, args, state, control, **kwargs):
         self.reach("micro-batch")
@@ -180,6 +181,7 @@ class Heartbeat(TrainerCallback):
 
     def __exit__(self, *error: object) -> None:
         self._stop.set()
+        self._due.set()
         if self._thread is not None:
             self._thread.join()
 
@@ -192,7 +194,11 @@ class Heartbeat(TrainerCallback):
         return [Beat(**json.loads(record)) for record in self._store.multi_get(self._keys)]
 
     def _run(self) -> None:
-        while not self._stop.wait(self.interval):
+        while True:
+            self._due.wait(self.interval)
+            self._due.clear()
+            if self._stop.is_set():
+                return
             try:
                 self._beat()
                 self._ranks.see(self._records(), time.monotonic())

@@ -125,10 +125,9 @@ def test_one_process_has_no_heart() -> None:
 # ---- two ranks -----------------------------------------------------------------------------------------------------
 
 HAS_DEEPSPEED = find_spec("deepspeed") is not None and shutil.which("g++") is not None
-BEAT_AGO = r"it was last (at the start|in step [12] \()"  # two steps of a tiny model can fit between two beats
 CASES = {
-    "killed": ([4, -9], rf"rank 1: gone, it was killed or has failed; {BEAT_AGO}"),
-    "stopped": ([4, -9], rf"rank 1: no sign of life for 16 s; {BEAT_AGO}"),
+    "killed": ([4, -9], r"rank 1: gone, it was killed or has failed; it was last in step [12] \("),  # a beat ago
+    "stopped": ([4, -9], r"rank 1: no sign of life for 16 s; it was last in step [12] \("),
     "asleep": (
         [4, 4],
         r"rank 1: stalled, the other ranks wait for it; it was last in step 2 \(verify\) at siesta\.rewards\.reward\.",
@@ -183,7 +182,7 @@ def test_a_full_disk_of_one_rank_costs_all_the_checkpoint_and_no_more(lost: Path
 def test_ranks_that_save_together_end_when_the_disk_of_one_is_full(lost: Path) -> None:
     """The others wait for it in DeepSpeed's save."""
     assert codes_of(lost, "full_zero") == [4, 2]
-    assert re.search(rf"rank 1: gone, it was killed or has failed; {BEAT_AGO}", said_by(lost, "full_zero", 0))
+    assert "rank 1: gone, it was killed or has failed; it was last in step " in said_by(lost, "full_zero", 0)
     assert "the disk is full ([Errno 28] No space left on device); ranks that save together cannot go on" in said_by(
         lost, "full_zero", 1
     )
