@@ -137,7 +137,20 @@ def make_trainers(options: argparse.Namespace, device: str, dtype: torch.dtype) 
     common = shapes.common_settings(folder, device, options.rollouts, options.rollouts) | fixed
     more = {"token_budget": options.budget, "attention": options.attention, "compile_layers": options.compile}
     stock = shapes.stock_trainer(shapes.build(options.shape, dtype, device), common)
-    return stock, shapes.siesta_trainer(shapes.build(options.shape, dtype, device), common, **more)
+    own = shapes.build(options.shape, dtype, device)
+    if options.liger:
+        with_liger(own)
+    return stock, shapes.siesta_trainer(own, common, **more)
+
+
+def with_liger(model: PreTrainedModel) -> None:
+    """Norms, rotary positions and gated units by liger-kernel. Some of it is patched for every model of the process,
+    so this is for `--arms siesta`. The output layer stays as it is: both arms have TRL's fused head.
+    """
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN  # pyright: ignore
+
+    apply = MODEL_TYPE_TO_APPLY_LIGER_FN[model.config.model_type]
+    apply(cross_entropy=False, fused_linear_cross_entropy=False, model=model)
 
 
 def compare(options: argparse.Namespace, share: float, stock: GRPOTrainer, ours: DeGRPOTrainer, device: str) -> dict:
@@ -185,6 +198,7 @@ def command_line() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=["bfloat16", "float32"], help="of weights")
     parser.add_argument("--full-precision", action="store_true", help="float32 without autocast")
     parser.add_argument("--no-compile", dest="compile", action="store_false", help="ours without compiled layers")
+    parser.add_argument("--liger", action="store_true", help="ours with liger-kernel's layers; for --arms siesta")
     parser.add_argument("--arms", nargs="+", default=["stock", "siesta"])
     parser.add_argument("--warmups", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=10)
