@@ -34,7 +34,7 @@ check: setup
 	$(BIN)/pytest tests/test_dependencies.py
 
 # Needs uv and a package index. vLLM is not in it: it brings a torch of its own.
-EXTRAS := deepspeed gguf qlora tasks tensorboard titans trackio wandb
+EXTRAS := deepspeed gguf lm-eval qlora tasks tensorboard titans trackio wandb
 lock:
 	uv pip compile pyproject.toml $(addprefix --extra ,$(EXTRAS)) --python-version 3.11 --generate-hashes --no-header -o lock.part
 	sed '/^[^#]/,$$d' requirements.lock | cat - lock.part > lock.new
