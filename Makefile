@@ -5,7 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # More threads slow small models down and starve the second process of multi-process runs.
 export OMP_NUM_THREADS ?= 1
-LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/cpu.yaml -m siesta.rl.train
+# --quiet: a run that ends in our one line ends in no traceback of the launcher.
+LAUNCH := $(BIN)/accelerate launch --quiet --config_file recipes/accelerate/cpu.yaml -m siesta.rl.train
 
 .PHONY: setup check test docs lock quickstart quickstart-sleep smoke weights results-quickstart results-sleep results-sleep-cpu \
   results-speed-cpu results-speed-gpu results-real clean
@@ -34,7 +35,7 @@ check: setup
 	$(BIN)/pytest tests/test_dependencies.py
 
 # Needs uv and a package index. vLLM is not in it: it brings a torch of its own.
-EXTRAS := deepspeed gguf qlora tasks tensorboard titans trackio wandb
+EXTRAS := deepspeed gguf lm-eval qlora tasks tensorboard titans trackio wandb
 lock:
 	uv pip compile pyproject.toml $(addprefix --extra ,$(EXTRAS)) --python-version 3.11 --generate-hashes --no-header -o lock.part
 	sed '/^[^#]/,$$d' requirements.lock | cat - lock.part > lock.new

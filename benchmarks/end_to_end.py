@@ -53,6 +53,15 @@ def full_tokenizer(size: int) -> PreTrainedTokenizerFast:
     )
 
 
+def save_model(shape: str, device: str, folder: Path) -> PreTrainedTokenizerFast:
+    """Write a model of this shape, float32, and its tokenizer, which is returned."""
+    model, tokenizer = shapes.build(shape, torch.float32, device), full_tokenizer(shapes.SHAPES[shape].vocab_size)
+    model.config.eos_token_id, model.config.pad_token_id = 1, 0
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
 def make_judge(tokenizer: PreTrainedTokenizerFast) -> Judge:
     """Even ids are right: a verifier that costs nothing and gives every rollout its own score."""
     sections = {name: ModeSection(token=f"<{name}>", max_tokens=cap, wrong=0.0) for name, cap in CAPS.items()}
@@ -132,12 +141,7 @@ def run_arm(options: argparse.Namespace) -> dict:
     """Train one arm; seconds and reward of every step."""
     folder = Path(tempfile.mkdtemp())
     vocabulary = shapes.SHAPES[options.shape].vocab_size
-    model = shapes.build(options.shape, torch.float32, "cuda")
-    tokenizer = full_tokenizer(vocabulary)
-    model.config.eos_token_id, model.config.pad_token_id = 1, 0
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    del model
+    tokenizer = save_model(options.shape, "cuda", folder / "model")
     torch.cuda.empty_cache()
     judge = make_judge(tokenizer)
     count = options.rollouts // 8 * options.steps

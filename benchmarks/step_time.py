@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from benchmarks import shapes
-from benchmarks.end_to_end import full_tokenizer, make_judge, prompts
+from benchmarks.end_to_end import make_judge, prompts, save_model
 from benchmarks.timing import environment, synchronize, write_json
 from siesta.rl.config import DeGRPOConfig
 from siesta.rl.modes import Modes
@@ -32,12 +32,7 @@ PHASES = ("mode_plan", "rollout", "verify", "old_logps", "prepare", "forward_bac
 def make_trainer(options: argparse.Namespace) -> DeGRPOTrainer:
     """The trainer that makes all steps, with our default objective."""
     folder, device = Path(tempfile.mkdtemp()), "cpu" if options.cpu else "cuda"
-    vocabulary = shapes.SHAPES[options.shape].vocab_size
-    model, tokenizer = shapes.build(options.shape, torch.float32, device), full_tokenizer(vocabulary)
-    model.config.eos_token_id, model.config.pad_token_id = 1, 0
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    del model
+    tokenizer = save_model(options.shape, device, folder / "model")
     settings: dict[str, Any] = shapes.common_settings(folder / "out", device, 8, 8) | {"bf16": not options.cpu}
     if not options.cpu:
         longest = options.prompt + 1 + max(options.caps)
@@ -49,7 +44,7 @@ def make_trainer(options: argparse.Namespace) -> DeGRPOTrainer:
         gradient_checkpointing=False,
         model_init_kwargs={"dtype": "float32"},
     )
-    data = prompts(8, options.prompt, 0.5, vocabulary, control=False)
+    data = prompts(8, options.prompt, 0.5, len(tokenizer), control=False)
     return DeGRPOTrainer(model=str(folder / "model"), judge=make_judge(tokenizer), args=args, train_dataset=data)
 
 

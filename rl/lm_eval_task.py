@@ -6,7 +6,7 @@
 
 The harness samples without restriction, from the whole vocabulary: a response that opens with no control token has no
 mode and counts as wrong. Metrics are `accuracy`, and for each mode `share_<mode>` and `accuracy_<mode>`. Needs
-`pip install lm-eval` to run, not to write the task.
+`pip install 'siesta-rl[lm-eval]'` to run, not to write the task.
 """
 
 import argparse

@@ -120,6 +120,12 @@ def agreed(work: Callable[[], T]) -> T:
     return result[0]
 
 
+def held(progress: dict[str, Any]) -> set[str]:
+    """Names of what `_progress` has given, those in the memory of each callback among them."""
+    callbacks: dict[str, dict[str, Any]] = progress.get("callbacks", {})
+    return {*progress, *(f"{callback}.{name}" for callback, state in callbacks.items() for name in state)}
+
+
 @contextmanager
 def only_data() -> Iterator[None]:
     """torch.load builds tensors and plain containers and runs nothing, whatever its caller has asked for."""
@@ -264,7 +270,23 @@ class ResumableTrainer(Trainer):
     def _load_rng_state(self, checkpoint):
         super()._load_rng_state(checkpoint)
         if checkpoint is not None:
-            self._go_on(torch.load(self._progress_file(checkpoint), map_location="cpu", weights_only=True))
+            self._go_on(self._read_progress(checkpoint))
+
+    def _read_progress(self, checkpoint: str | Path) -> dict[str, Any]:
+        """What `_progress` was when the checkpoint was written, its tensors on the CPU.
+
+        Raises:
+            CheckpointError: Something that this version writes is not there.
+        """
+        file = self._progress_file(checkpoint)
+        progress = torch.load(file, map_location="cpu", weights_only=True)
+        if lacking := ", ".join(sorted(held(self._progress()) - held(progress))):
+            raise CheckpointError(
+                f"{checkpoint}: written by another version of siesta ({file.name} lacks {lacking}), and training "
+                f"cannot go on from it; delete {file.parent.parent} to start the stage anew, or give the run another "
+                "name (tracking.run=NAME)"
+            )
+        return progress
 
     def _progress(self) -> dict[str, Any]:
         """What this rank has to remember, as plain containers and tensors."""
@@ -301,7 +323,7 @@ class ResumableTrainer(Trainer):
 
     def _had_ended(self, checkpoint: str) -> bool:
         """What `_ended` was when the checkpoint was written."""
-        return torch.load(self._progress_file(checkpoint), map_location="cpu", weights_only=True)["ended"]
+        return self._read_progress(checkpoint)["ended"]
 
     def _stateful(self) -> list[StatefulCallback]:
         return [callback for callback in self.callback_handler.callbacks if isinstance(callback, StatefulCallback)]

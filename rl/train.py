@@ -182,7 +182,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("recipe", help="a YAML file, or the name of a shipped recipe")
     parser.add_argument("overrides", nargs="*", help="section.key=value")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved recipe and stop")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     quiet_libraries()
     recipe = load_recipe(options.recipe, options.overrides)
     keep_tracebacks(recipe.run_dir)

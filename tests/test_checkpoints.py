@@ -24,7 +24,7 @@ from trl.trainer.utils import RepeatSampler
 from benchmarks.faults_injectors import at_call, flip, plant, raiser, resealed, truncate
 from siesta.data.errors import CheckpointError
 from siesta.rl import checkpoints, resumable
-from siesta.rl.callbacks import SampleFile
+from siesta.rl.callbacks import HackAlarm, SampleFile
 from siesta.rl.checkpoints import MANIFEST, UNFINISHED, check_intact, newest_intact, prune, seal
 from siesta.rl.config import DeGRPOConfig
 from siesta.rl.resumable import EpochOrder, EpochShuffle, only_data, train_on
@@ -156,6 +156,47 @@ def test_a_checkpoint_of_weights_alone_is_not_gone_on_from(tmp_path: Path) -> No
     assert str(error.value) == (
         f"{tmp_path}/out/checkpoint-1: holds weights alone (save_only_model), and training cannot go on from these; "
         f"delete {tmp_path}/out to start the stage anew"
+    )
+
+
+def aged(checkpoint: Path, *lost: str) -> None:
+    """Make a checkpoint one of a version that did not remember something: names, from the outside inwards."""
+    file = checkpoint / "progress_0.pt"
+    progress = torch.load(file, weights_only=True)
+    inner = progress
+    for name in lost[:-1]:
+        inner = inner[name]
+    del inner[lost[-1]]
+    torch.save(progress, file)
+    resealed(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("lost", "told"),
+    [
+        (["ended"], "ended"),
+        (["judged"], "judged"),
+        (["callbacks", "HackAlarm", "raised"], "HackAlarm.raised"),
+        (["callbacks"], "HackAlarm.raised, callbacks"),
+    ],
+)
+def test_a_checkpoint_of_another_version_is_named(stage: Path, tmp_path: Path, lost: list[str], told: str) -> None:
+    def resumed() -> Seen:
+        trainer = build(tmp_path, max_steps=2, output_dir=str(stage))
+        trainer.add_callback(HackAlarm(0.5, {}))
+        return trainer
+
+    newest = stage / "checkpoint-2"
+    progress = torch.load(newest / "progress_0.pt", weights_only=True)
+    torch.save(progress | {"callbacks": {"HackAlarm": {"raised": []}}}, newest / "progress_0.pt")
+    resealed(newest)
+    train_on(resumed(), stage, pytest.fail)  # of this version
+    aged(newest, *lost)
+    with pytest.raises(CheckpointError) as error:
+        train_on(resumed(), stage, pytest.fail)
+    assert str(error.value) == (
+        f"{newest}: written by another version of siesta (progress_0.pt lacks {told}), and training cannot go on from "
+        f"it; delete {stage} to start the stage anew, or give the run another name (tracking.run=NAME)"
     )
 
 

@@ -11,6 +11,15 @@ from siesta.data.errors import DataError
 from siesta.rl import cli
 
 ROOT = Path(__file__).resolve().parents[1]
+# Commands that take overrides, with the options that they cannot do without or that take a word.
+OVERRIDDEN = {
+    "train": ["--dry-run"],
+    "plan": ["--like", "run"],
+    "eval": ["--recipe", "other.yaml", "--out", "folder"],
+    "warmup-data": ["--out", "folder", "--limit", "2"],
+    "sleep": ["--contexts", "contexts.jsonl", "--out", "folder"],
+    "answer": ["--states", "folder", "--queries", "queries.jsonl", "--out", "answers.jsonl"],
+}
 
 
 def test_the_console_script_is_this_main() -> None:
@@ -25,7 +34,31 @@ def test_every_command_is_listed_and_explains_itself(command: str, capsys: pytes
         with pytest.raises(SystemExit) as stop:
             cli.main(arguments)
         assert stop.value.code == 0
-        assert command in capsys.readouterr().out
+        assert command in (shown := capsys.readouterr().out)
+    assert ("section.key=value" in shown) == (command in OVERRIDDEN)
+
+
+@pytest.mark.parametrize("command", OVERRIDDEN)
+def test_overrides_stand_before_and_behind_options(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of overrides counts, their place among the options does not."""
+    seen: list[list[str]] = []
+
+    def load(recipe: str, overrides: list[str]) -> None:
+        seen.append(list(overrides))
+        raise DataError("read")
+
+    monkeypatch.setattr(import_module(cli.COMMANDS[command][0]), "load_recipe", load)
+    first, then, options = "rl.tau=0.3", "seed=1", OVERRIDDEN[command]
+    for arguments in (
+        ["a", first, then, *options],
+        ["a", *options, first, then],
+        ["a", first, *options, then],
+        [*options, "a", first, then],
+    ):
+        assert cli.main([command, *arguments]) == 2
+    assert seen == [[first, then]] * 4
+    with pytest.raises(SystemExit):
+        cli.main([command, "a", first, *options, "--no-such-option"])
 
 
 def test_arguments_and_exit_code_are_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:

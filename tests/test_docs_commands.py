@@ -185,7 +185,7 @@ def pip(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     assert call.words[1] == "install"
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for word in call.words[2:]:
-        named = re.fullmatch(r"siesta-rl\[(\w+)\]", word)
+        named = re.fullmatch(r"siesta-rl\[([\w-]+)\]", word)
         assert word in ("-e", ".") or (named and named[1] in project["optional-dependencies"]), call.line
 
 

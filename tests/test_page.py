@@ -194,7 +194,7 @@ def test_bad_runs_are_one_line(
     assert not (run / "report.html").exists()
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="no Chromium")
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium, see .ci/run")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_browser_shows_it_without_errors_and_without_scrolling_sideways(run: Path, width: int) -> None:
     main([str(run)])
@@ -205,6 +205,7 @@ def test_a_browser_shows_it_without_errors_and_without_scrolling_sideways(run: P
         "--headless",
         "--no-sandbox",
         "--disable-gpu",
+        "--disable-dev-shm-usage",  # containers have little of it
         "--disable-quic",
         "--no-first-run",
         "--enable-logging=stderr",

@@ -52,14 +52,12 @@ class SleepTrainer(ContextTrainer):
     """DeGRPO with notes.
 
     Args:
-        model, judge: As for DeGRPOTrainer.
-        args: `num_generations` is J * G.
+        model, judge, args: As for ContextTrainer.
         sleep: Writes at the temperature of the rollouts.
-        kwargs: Passed on. Rows of the data set have `context` and `query` too; those of a context follow each other.
+        kwargs: Of ContextTrainer.
 
     Raises:
-        RecipeError: A device's batch does not hold whole contexts.
-        DataError: No context has as many queries.
+        RecipeError, DataError: See ContextTrainer.
     """
 
     def __init__(self, model, judge: Judge, args: SleepConfig, *, sleep: NotesSleep, **kwargs):
