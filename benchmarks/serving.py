@@ -236,6 +236,12 @@ def installed(*names: str) -> dict[str, str]:
     return found
 
 
+def split_at_dashes(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """What stands before and behind the first `--`, where argparse would refuse another program's options."""
+    place = arguments.index("--") if "--" in arguments else len(arguments)
+    return arguments[:place], arguments[place + 1 :]
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -244,8 +250,9 @@ def main() -> None:
     parser.add_argument("--url", help="of a server that is up; left out: one is started")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--out", type=Path, required=True, help="JSON; the page beside its folder is filled")
-    parser.add_argument("vllm", nargs="*", help="after --: arguments of vllm serve")
-    options = parser.parse_args()
+    parser.epilog = "What stands behind -- is for vllm serve."
+    own, vllm = split_at_dashes(sys.argv[1:])
+    options = parser.parse_args(own)
     recipe = load_recipe(options.run / "recipe.yaml", [f"tracking.output_dir={options.run.parent}"])
     folder = options.run / "export"
     reference = Reference(folder, find_rules(str(folder)), default_device())
@@ -254,7 +261,7 @@ def main() -> None:
     if options.url:
         result = measure(options.url, asked, reference)
     else:
-        with server(folder, options.port, options.vllm) as url:
+        with server(folder, options.port, vllm) as url:
             result = measure(url, asked, reference)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     result["machine"] = {"device": device} | installed("vllm", "transformers", "torch", "siesta-rl")
