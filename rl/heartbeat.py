@@ -11,10 +11,17 @@ points on every rank), whether it stands in torch.distributed, and where it is. 
 
 One that stays so for four fifths of the timeout, before the process group's own is over, ends the run on all ranks
 with exit code 4. They leave from the thread: nothing else gets a main thread out of a collective.
+
+With gloo a collective fails when a rank dies. With NCCL it hangs on, and torchrun, which has seen the death, ends the
+others: a signal, and 30 seconds later a kill. The signal does not reach a main thread in a collective, so the thread
+looks for it; a silent rank is then lost earlier, while there is time to tell.
 """
 
 import json
 import os
+import select
+import signal
+import socket
 import sys
 import threading
 import time
@@ -35,6 +42,7 @@ EXIT_CODE = 4
 SHARE = 0.8  # of `ddp_timeout`
 BEATS = 40  # in that time
 SLOWEST = 2.0  # seconds from beat to beat
+SIGNALLED = 20.0  # seconds of silence, at most, where a signal has come: of the 30 before the kill
 GONE = 5  # beats that do not come, after a collective has failed; torchrun leaves 30 seconds for telling who it is
 
 
@@ -175,6 +183,9 @@ class Heartbeat(TrainerCallback):
             self._beat()
             torch.distributed.barrier()  # now the store has a record of this training from everyone
             self._ranks = Ranks(self.limit, self._records(), time.monotonic())
+            self._told, self._teller = socket.socketpair()
+            self._teller.setblocking(False)
+            self._told_before = signal.set_wakeup_fd(self._teller.fileno(), warn_on_full_buffer=False)
             self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
             self._thread.start()
         return self
@@ -184,6 +195,9 @@ class Heartbeat(TrainerCallback):
         self._due.set()
         if self._thread is not None:
             self._thread.join()
+            signal.set_wakeup_fd(self._told_before)
+            self._told.close()
+            self._teller.close()
 
     def _beat(self) -> None:
         where, waits = place(sys._current_frames()[self._main])
@@ -205,10 +219,18 @@ class Heartbeat(TrainerCallback):
             except RuntimeError as error:  # of the store; a rank that ends in order stops its thread before
                 self._end([0], f"the store of the ranks does not answer, rank 0 or its host is gone ({error})")
                 return
-            lost, line = self._ranks.fault(time.monotonic())
+            lost, line = self._fault(time.monotonic())
             if lost:
                 self._end(lost, line)
                 return
+
+    def _fault(self, now: float) -> tuple[list[int], str]:
+        """See `Ranks.fault`; who is silent is lost earlier where this process has been signalled."""
+        patience = min(SIGNALLED, self.limit)
+        signalled = bool(select.select([self._told], [], [], 0)[0])  # never read, so it stays there
+        if signalled and (silent := self._ranks.silent(now, patience)):
+            return silent, self._ranks.line(silent, f"no sign of life for {patience:.0f} s, and a signal to end", now)
+        return self._ranks.fault(now)
 
     def _end(self, lost: Sequence[int], line: str) -> None:
         """Leave, on every rank; one of them tells why."""

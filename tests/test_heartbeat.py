@@ -128,6 +128,10 @@ HAS_DEEPSPEED = find_spec("deepspeed") is not None and shutil.which("g++") is no
 CASES = {
     "killed": ([4, -9], r"rank 1: gone, it was killed or has failed; it was last in step [12] \("),  # a beat ago
     "stopped": ([4, -9], r"rank 1: no sign of life for 16 s; it was last in step [12] \("),
+    "signalled": (
+        [4, -9],
+        r"rank 1: no sign of life for 20 s, and a signal to end; it was last in step [12] \(",
+    ),
     "asleep": (
         [4, 4],
         r"rank 1: stalled, the other ranks wait for it; it was last in step 2 \(verify\) at siesta\.rewards\.reward\.",

@@ -4,7 +4,8 @@
 
 FOLDER holds `model`. For each case two processes are forked, which write what they say to FOLDER/CASE/RANK.txt; their
 exit codes go to FOLDER/CASE/codes.json. Cases: `killed`, `stopped` (and killed when the first rank has gone, as a
-launcher would), `asleep` in its reward; `full`, its disk in the second save, and `full_zero`, the same under ZeRO-2.
+launcher would), `signalled`, the same after a SIGTERM to the first, as torchrun sends to those whom NCCL does not tell
+of a death; `asleep` in its reward; `full`, its disk in the second save, and `full_zero`, the same under ZeRO-2.
 """
 
 import errno
@@ -22,13 +23,14 @@ from siesta.data.errors import UserError
 from siesta.rl.config import DeGRPOConfig
 from siesta.rl.heartbeat import RankLost
 from siesta.rl.resumable import train_on
+from siesta.rl.signals import StopRequest
 from siesta.rl.trainer import DeGRPOTrainer
 from tests.helpers import one_step, tiny_judge
 from tests.test_trainer import dataset
 
 # `ddp_timeout` in seconds, of the cases that wait for it; so much that no rank of a busy machine is lost by chance.
 TIMEOUT, LONG, COMPILING = 20, 60, 600  # DeepSpeed compiles an extension when it is used for the first time
-LOST = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP}
+LOST = {"killed": signal.SIGKILL, "stopped": signal.SIGSTOP, "signalled": signal.SIGSTOP}
 
 
 class Losing(DeGRPOTrainer):
@@ -48,6 +50,8 @@ class Losing(DeGRPOTrainer):
                 self.judge.verifiers["exact"] = lambda solution, answer: time.sleep(600)
                 self.reward_function._begun = {}  # so that the main thread verifies
             elif self.case in LOST:
+                if self.case == "signalled":
+                    os.kill(int(os.environ["FIRST"]), signal.SIGTERM)
                 os.kill(os.getpid(), LOST[self.case])
         return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
 
@@ -63,8 +67,11 @@ def train(folder: Path, case: str) -> int:
     args = DeGRPOConfig(**(one_step(folder) | settings))
     trainer = Losing(model=str(folder / "model"), judge=judge, args=args, train_dataset=dataset())
     trainer.case, trainer.judge = case, judge
+    request = StopRequest()
+    request.training = True  # the first signal is kept
     try:
-        train_on(trainer, folder / case, print)
+        with request.handled():
+            train_on(trainer, folder / case, print)
     except RankLost as lost:
         print(f"siesta: error: {lost}", file=sys.stderr)
         return 4
@@ -75,8 +82,9 @@ def train(folder: Path, case: str) -> int:
 
 
 def start(folder: Path, case: str, rank: int, port: int) -> int:
-    """Fork a rank; its process id."""
+    """Fork a rank; its process id. FIRST names that of rank 0."""
     if process := os.fork():
+        os.environ["FIRST"] = os.environ["FIRST"] if rank else str(process)
         return process
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     os.environ |= {"MASTER_PORT": str(port)} | ({"ACCELERATE_USE_CPU": "true"} if case != "full_zero" else {})
@@ -98,7 +106,7 @@ def main(folder: Path, *cases: str) -> None:
     ranks = {case: [start(folder, case, rank, ports[case]) for rank in (0, 1)] for case in cases}
     for case, (first, second) in ranks.items():
         codes = [os.waitstatus_to_exitcode(os.waitpid(first, 0)[1])]
-        if case == "stopped":
+        if case in ("stopped", "signalled"):
             os.kill(second, signal.SIGKILL)
         codes.append(os.waitstatus_to_exitcode(os.waitpid(second, 0)[1]))
         (folder / case / "codes.json").write_text(json.dumps(codes))
