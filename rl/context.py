@@ -39,7 +39,7 @@ from siesta.rl.sleep.tensor_states import TensorStates, measure_behind, tensor_s
 from siesta.rl.sleep.tensors import TensorSleep
 from siesta.rl.sleep.warmup import reader_examples
 from siesta.rl.sleep_section import STATES
-from siesta.rl.warmup import teachable
+from siesta.rl.warmup import teachable, within_levels
 
 
 @dataclass
@@ -116,13 +116,19 @@ class Context:
         if self.trains_states:
             return self.taught_behind[0]
         if not self.writes_notes:
-            return self.warmup_examples
-        return reader_examples(self.warmup_examples, self.notes(), seed=self.recipe.seed)
+            return self.known_examples
+        return reader_examples(self.known_examples, self.notes(), seed=self.recipe.seed)
+
+    @property
+    def known_examples(self) -> list[Example]:
+        """The warm-up examples with the responses that they may be shown in (`warmup.max_level`)."""
+        most = self.recipe.warmup.max_level
+        return within_levels(self.warmup_examples, self.modes, most) if most else self.warmup_examples
 
     @cached_property
     def taught_behind(self) -> tuple[list[Example], list[str]]:
         """The warm-up examples of a sleep into tensors as they are asked, and what is slept on for each."""
-        return state_examples(self.warmup_examples, seed=self.recipe.seed)
+        return state_examples(self.known_examples, seed=self.recipe.seed)
 
     @property
     def writes_notes(self) -> bool:

@@ -105,6 +105,8 @@ class WarmupSection(TrainerSection):
     shares: dict[str, float] | None = None
     balanced: bool = Field(default=False, description="Modes are chosen equally often, whatever their shares.")
     level_weights: dict[int, float] | None = Field(default=None, description="Of a task; those of `data` if not set.")
+    max_level: dict[str, int] | None = Field(default=None, description="Of a mode, without a state.")
+    length_power: float = Field(default=1.0, ge=0, le=1, description="A row weighs tokens ** this; 1: tokens alike.")
     check_every: int = Field(default=100, ge=1)
     check_items: int = Field(default=160, ge=1)
     stop: dict[str, float] = {}
@@ -319,6 +321,7 @@ def check_modes(file: Path, recipe: Recipe) -> None:
         raise RecipeError(f"{file}: warmup.shares: paired rows show every mode equally; use pairing: cross")
     named: dict[str, dict] = {
         "warmup.shares": recipe.warmup.shares or {},
+        "warmup.max_level": recipe.warmup.max_level or {},
         "warmup.stop": recipe.warmup.stop,
         "teachers": recipe.teachers,
     }
@@ -335,9 +338,14 @@ def check_modes(file: Path, recipe: Recipe) -> None:
         if recipe.data.task is None:
             raise RecipeError(f"{file}: warmup.level_weights: belongs to a `data.task`")
         check_level_weights("warmup.level_weights", recipe.data.task, recipe.warmup.level_weights)
-    shares = (recipe.warmup.shares or {"": 1.0}).values()
-    if min(shares) < 0 or not sum(shares) > 0:
+    shares = recipe.warmup.shares or dict.fromkeys(recipe.modes, 1.0)
+    if min(shares.values()) < 0 or not sum(shares.values()) > 0:
         raise RecipeError(f"{file}: warmup.shares: shares are at least 0, and one is more")
+    if recipe.warmup.max_level:
+        if recipe.warmup.pairing == "paired":
+            raise RecipeError(f"{file}: warmup.max_level: paired rows show every mode; use pairing: cross")
+        if not any(share > 0 for name, share in shares.items() if name not in recipe.warmup.max_level):
+            raise RecipeError(f"{file}: warmup.max_level: one mode that is shown has to be shown at every level")
 
 
 def unknown_key(path: str, key: str, known: set[str]) -> str:

@@ -153,7 +153,7 @@ def warmup_trainer(context: Context, validation) -> WarmupTrainer:
         instruction=recipe.data.instruction,
         seed=recipe.seed,
         balanced=section.balanced,
-        own_only=section.responses is not None,
+        own_only=section.responses is not None or section.max_level is not None,
     )
     if context.writes_notes:
         # Behind the readers' rows: the first batch is checked against their prompts.
@@ -172,6 +172,7 @@ def warmup_trainer(context: Context, validation) -> WarmupTrainer:
         peft_config=lora_config(recipe.model.lora, train_embeddings=True),
     )
     trainer.max_skipped_steps = recipe.rl.setting("max_skipped_steps")
+    trainer.length_power = section.length_power
     line = trainer.pack_if_possible(recipe.rl.setting("attention"), compiled=recipe.rl.setting("compile_layers"))
     if line is not None:
         context.say(f"warm-up: {line}")

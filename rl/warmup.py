@@ -9,6 +9,7 @@ the accuracies named in `warmup.stop` are reached, and a gate checks that RL can
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from random import Random
 
 import numpy as np
@@ -93,6 +94,24 @@ def mode_weights(modes: Modes, shares: dict[str, float] | None) -> dict[str, flo
 def has_response(example: Example, mode: Mode) -> bool:
     """Does the example bring a response for this mode, not just a solution to make one of?"""
     return mode.name in example.meta.get("responses", {})
+
+
+def within_levels(examples: Sequence[Example], modes: Modes, max_level: dict[str, int]) -> list[Example]:
+    """The examples without the responses of a mode above its highest level.
+
+    Beyond what a mode can do at once a response is a guess, and to be taught to guess keeps it from learning where the
+    answer can be read off: in notes, say, whose readers are taught apart from this (`responses_with_notes`).
+
+    Args:
+        max_level: Of some modes; the others are shown at every level.
+    """
+    kept = []
+    for example in examples:
+        shown = [mode for mode in modes if example.level <= max_level.get(mode.name, example.level)]
+        shown = [mode for mode in shown if has_response(example, mode) or "solution" in example.meta]
+        responses = {mode.name: written_response(example, mode) for mode in shown}
+        kept.append(replace(example, meta=example.meta | {"responses": responses}))
+    return kept
 
 
 def teachable(

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
+from torch.nn import functional
 from torch.utils.data import RandomSampler, Sampler
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTTrainer
@@ -23,9 +24,13 @@ from siesta.rl.warmup import IGNORED
 
 
 class WarmupTrainer(FiniteSteps, ResumableTrainer, SFTTrainer):
-    """SFTTrainer whose loss is computed on one row without padding; the loss is the same. Steps are finite."""
+    """SFTTrainer whose loss is computed on one row without padding; the loss is the same. Steps are finite.
+
+    `length_power` below 1 is for rows of very different lengths: the loss is then `row_loss`, and rows stay padded.
+    """
 
     backend: Backend | None = None
+    length_power: float = 1.0
 
     def pack_if_possible(self, attention: str, *, compiled: bool) -> str | None:
         """Pack rows from now on if the back end that `attention` comes to here does.
@@ -36,6 +41,8 @@ class WarmupTrainer(FiniteSteps, ResumableTrainer, SFTTrainer):
         Raises:
             RecipeError: This machine does not have it.
         """
+        if self.length_power != 1:
+            return None
         model = without_adapters(cast(torch.nn.Module, self.model))
         dtype = compute_dtype(self.args, model.dtype)
         backend, line = choose_backend(attention, self.accelerator.device.type, dtype, model.config, model)
@@ -72,11 +79,36 @@ class WarmupTrainer(FiniteSteps, ResumableTrainer, SFTTrainer):
         self._total_train_tokens = progress["tokens"]
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """TRL's loss and metrics, over the packed form of `inputs`."""
+        """TRL's loss and metrics, over the packed form of `inputs`; or `row_loss`, without metrics."""
+        if self.length_power != 1:
+            return self._row_loss(model, inputs, *args, **kwargs)
         if self.backend is None:
             return super().compute_loss(model, inputs, *args, **kwargs)
         with packed_row():
             return super().compute_loss(model, packed_inputs(inputs, self.backend), *args, **kwargs)
+
+    def _row_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **_: Any) -> Any:
+        """`row_loss` as a mean over the rows of an optimizer step: each of its micro-batches has as many."""
+        output = model(**{key: value for key, value in inputs.items() if key != "labels"})
+        loss = row_loss(output.logits, inputs["labels"], self.length_power)
+        loss = loss / self.args.gradient_accumulation_steps
+        return (loss, output) if return_outputs else loss
+
+
+def row_loss(logits: torch.Tensor, labels: torch.Tensor, power: float) -> torch.Tensor:
+    """Cross-entropy in which a row of T labels weighs T ** power: the mean over rows of T ** (power - 1) sum_t CE.
+
+    The mean over tokens, which is power 1 up to a factor, is about the long rows: beside notes of 60 tokens an answer
+    of one is a hundredth of it. Power 0 weighs every row alike.
+
+    Args:
+        logits: (R, L, V).
+        labels: (R, L), `IGNORED` where nothing is learned; the label at t is predicted at t - 1.
+    """
+    target = labels[:, 1:]
+    losses = functional.cross_entropy(logits[:, :-1].transpose(1, 2), target, reduction="none", ignore_index=IGNORED)
+    counts = (target != IGNORED).sum(dim=1).clamp(min=1)
+    return (losses.sum(dim=1) * counts.to(losses.dtype) ** (power - 1)).mean()
 
 
 def packed_inputs(inputs: dict[str, torch.Tensor], backend: Backend) -> dict[str, Any]:

@@ -24,6 +24,8 @@ from siesta.rl.warmup import (
     surplus,
     teachable,
     warmup_rows,
+    within_levels,
+    written_response,
 )
 from tests.helpers import calc_examples, tiny_judge
 
@@ -167,6 +169,29 @@ def test_cross_draws_among_the_modes_that_an_example_has() -> None:
 
 def test_examples_with_every_mode_are_drawn_as_ever() -> None:
     assert rows(calc_examples(50), "cross", own_only=True) == rows(calc_examples(50), "cross")
+
+
+def test_a_mode_is_shown_up_to_its_highest_level() -> None:
+    examples = calc_examples(60)
+    modes = JUDGE.modes
+    bounded = within_levels(examples, modes, {"short": 2})
+    for example, shown in zip(examples, bounded, strict=True):
+        assert set(shown.meta["responses"]) == ({"short", "think"} if example.level <= 2 else {"think"})
+        assert shown.meta["responses"].items() <= example.meta["responses"].items()
+        assert (shown.text, shown.answer) == (example.text, example.answer)
+    assert within_levels(examples, modes, {"short": 99}) == within_levels(examples, modes, {}) == examples
+    short, think = modes.token_ids
+    opened = [opening(row) for row in rows(bounded, "cross", own_only=True)]
+    assert {token for token, example in zip(opened, examples, strict=True) if example.level > 2} == {think}
+    assert short in opened
+
+
+def test_a_highest_level_holds_for_responses_made_of_a_solution_and_leaves_gaps_as_they_are() -> None:
+    solved = Example("x", "", "1 + 2", "3", meta={"solution": "1 + 2 = 3", "level": 2})
+    (shown,) = within_levels([solved], JUDGE.modes, {"short": 1})
+    assert shown.meta["responses"] == {"think": written_response(solved, JUDGE.modes[1])}
+    gap = replace(solved, meta={"responses": {"short": "3"}, "level": 2})
+    assert [x.meta["responses"] for x in within_levels([gap], JUDGE.modes, {"short": 2})] == [{"short": "3"}]
 
 
 def test_a_file_that_cannot_teach_is_named() -> None:

@@ -39,29 +39,45 @@ def distinct(examples: Sequence[Example]) -> list[Example]:
 
 def reader_examples(examples: Sequence[Example], sleep: NotesSleep, *, seed: int) -> list[Example]:
     """Every example as a reader sees it, in a state that is drawn: its notes, none or, if readers keep the context and
-    so can tell, another context's. Responses are those that fit: who has nothing but notes works from them.
+    so can tell, another context's. Without the context half of the examples have notes; with it as many as RL gives
+    some (`sleep.stateless`). Responses are those that fit: who has notes answers as they allow.
 
     Raises:
         DataError: An example has no notes, or no responses for a reader who has only those.
     """
     rng = Random(seed)
     foreign = distinct(examples)
-    kinds = KINDS if sleep.section.keep_context and len(foreign) > 1 else [OWN, NONE]
+    stateless = sleep.section.stateless if sleep.section.keep_context else 0.5
+    tell = sleep.section.keep_context and len(foreign) > 1
+    shares = [1 - stateless, stateless / 2, stateless / 2] if tell else [1 - stateless, stateless, 0]
     taught = []
     for example in examples:
-        kind, other = rng.choice(kinds), rng.choice(foreign)
+        (kind,), other = rng.choices(KINDS, shares), rng.choice(foreign)
         while kind == SHUFFLED and other.context == example.context:
             other = rng.choice(foreign)
         if kind == NONE:
             taught.append(example)
             continue
         read = sleep.reader(example, sleep.keep(taught_notes(example if kind == OWN else other)))
-        if not sleep.section.keep_context:
-            if "responses_with_notes" not in example.meta:
-                raise DataError(f"{example.id}: no responses of a reader of notes; set sleep.keep_context: true")
-            read = replace(read, meta=example.meta | {"responses": example.meta["responses_with_notes"]})
+        if kind == OWN:
+            read = replace(read, meta=example.meta | {"responses": responses_with_notes(example, sleep)})
         taught.append(read)
     return taught
+
+
+def responses_with_notes(example: Example, sleep: NotesSleep) -> dict[str, str]:
+    """What a reader of the notes on an example's context is taught. Who has the context besides works as if without
+    notes, and answers from them what is not known otherwise.
+
+    Raises:
+        DataError: The example has none for a reader who has only notes.
+    """
+    given = example.meta.get("responses_with_notes", {})
+    if sleep.section.keep_context:
+        return given | example.meta.get("responses", {})
+    if not given:
+        raise DataError(f"{example.id}: no responses of a reader of notes; set sleep.keep_context: true")
+    return given
 
 
 def writer_rows(examples: Sequence[Example], sleep: NotesSleep) -> list[dict[str, list[int]]]:
