@@ -22,6 +22,7 @@ from siesta.rl.memory import estimate
 from siesta.rl.trainer import DeGRPOTrainer
 
 PROMPT = 200
+MOST = 2**21  # tokens of a pass that is searched for
 
 
 def make(arm: str, shape: str, rows: int, length: int, dtype: torch.dtype, **fixed: Any) -> GRPOTrainer:
@@ -78,15 +79,27 @@ def longest(arm: str, shape: str, dtype: torch.dtype, start: int, rounds: int) -
     Args:
         rounds: The result is exact to the last power of two that fits, over 2 ** rounds.
     """
+    trainer = make(arm, shape, 1, MOST, dtype)  # one for all lengths: to compile takes longer than to measure
+
+    def fit(length: int) -> bool:
+        found = True
+        try:
+            peak(trainer, shape, 1, length)
+        except torch.OutOfMemoryError:
+            found = False
+        cast(torch.nn.Module, trainer.model).zero_grad(set_to_none=True)
+        clean()
+        return found
+
     fits, fails = 0, start
-    while measured(arm, shape, 1, fails, dtype) is not None:
+    while fit(fails):
         fits, fails = fails, 2 * fails
     for _ in range(rounds):
         middle = (fits + fails) // 2
-        if measured(arm, shape, 1, middle, dtype) is None:
-            fails = middle
-        else:
+        if fit(middle):
             fits = middle
+        else:
+            fails = middle
     return fits
 
 
