@@ -25,9 +25,6 @@ from siesta.rl.sleep.states import PRICES, QUERIES, STATES, estimate, free_choic
 
 # One answer a query: a group of one has no advantage, so what is trained is the writer.
 WRITER = [
-    "warmup.max_steps=1000",
-    "warmup.max_level=null",
-    "warmup.length_power=1",
     "rl.beta=0",  # what is trained shall move
     "modes.think=null",
     "sleep.sleeps=8",
