@@ -10,7 +10,7 @@ from threading import Lock, Thread
 import pytest
 from transformers import GenerationConfig
 
-from benchmarks.serving import Answer, Reference, is_up, measure, row, same, wished
+from benchmarks.serving import Answer, Reference, is_up, measure, row, same, split_at_dashes, wished
 from benchmarks.serving_tables import write_page
 from siesta.data.prompts import Messages, messages, prompt_ids
 from siesta.data.schema import Example
@@ -125,3 +125,12 @@ def test_the_numbers_of_a_row_by_hand() -> None:
     assert (numbers["same_as_transformers"], numbers["tokens"]) == (0.5, 2.5)
     assert numbers["milliseconds"] == [15.0, 20.0, 25.0]
     assert same([[1], [2]], [[1], [3]]) == 0.5
+
+
+def test_what_stands_behind_the_dashes_is_for_the_server() -> None:
+    """Options of both programs, and a second `--` that is the server's own."""
+    assert split_at_dashes(["run", "--out", "x.json", "--", "--port", "1", "--", "y"]) == (
+        ["run", "--out", "x.json"],
+        ["--port", "1", "--", "y"],
+    )
+    assert split_at_dashes(["run", "--items", "3"]) == (["run", "--items", "3"], [])
