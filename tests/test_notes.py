@@ -195,19 +195,13 @@ def test_readers_are_taught_with_notes_and_without() -> None:
 
 def test_readers_who_keep_the_context_are_shown_other_notes_too_and_work_from_the_context() -> None:
     examples = hop(600)
-    sleep = sleeper(keep_context=True, stateless=0.5)
     counts = {"own": 0, "none": 0, "shuffled": 0}
-    for example, read in zip(examples, reader_examples(examples, sleep, seed=0), strict=True):
+    for example, read in zip(examples, reader_examples(examples, sleeper(keep_context=True), seed=0), strict=True):
         assert read.meta["responses"] == example.meta["responses"]
         assert read.context.startswith(example.context)
         notes = read.context.removeprefix(example.context).removeprefix("\n<sleep>").strip()
         counts["none" if not notes else "own" if notes == kept(example.meta["notes"]) else "shuffled"] += 1
-    shares = {kind: count / 600 for kind, count in counts.items()}
-    assert shares == pytest.approx({"own": 0.5, "none": 0.25, "shuffled": 0.25}, abs=0.06), "those of RL"
-    alone = reader_examples(examples, sleeper(keep_context=True), seed=0)
-    assert all(
-        read.context.endswith(kept(example.meta["notes"])) for example, read in zip(examples, alone, strict=True)
-    )
+    assert min(counts.values()) > 150
 
 
 @pytest.mark.parametrize("keep_context", [False, True])
@@ -216,7 +210,7 @@ def test_an_answer_is_taught_where_it_can_be_known(*, keep_context: bool) -> Non
     examples = hop(400, 8)
     bounded = within_levels(examples, tiny_judge().modes, {"short": 1})
     seen = set()
-    read_examples = reader_examples(bounded, sleeper(keep_context=keep_context, stateless=0.5), seed=0)
+    read_examples = reader_examples(bounded, sleeper(keep_context=keep_context), seed=0)
     for example, read in zip(examples, read_examples, strict=True):
         notes = kept(example.meta["notes"])
         own = read.context == (f"{example.context}\n<sleep> {notes}" if keep_context else notes)
@@ -269,7 +263,7 @@ def test_what_cannot_be_taught_is_refused() -> None:
     blind = Example("row 8", "context", "q", "a", meta={"notes": "n", "responses": {"short": "a"}})
     with pytest.raises(DataError, match=r"^row 8: no responses of a reader of notes; set sleep\.keep_context: true$"):
         reader_examples([blind] * 9, sleeper(), seed=0)
-    read = reader_examples([blind] * 9, sleeper(keep_context=True, stateless=0.5), seed=0)
+    read = reader_examples([blind] * 9, sleeper(keep_context=True), seed=0)
     assert {example.context for example in read} <= {"context", "context\n<sleep> n"}
 
 

@@ -39,20 +39,17 @@ def distinct(examples: Sequence[Example]) -> list[Example]:
 
 def reader_examples(examples: Sequence[Example], sleep: NotesSleep, *, seed: int) -> list[Example]:
     """Every example as a reader sees it, in a state that is drawn: its notes, none or, if readers keep the context and
-    so can tell, another context's. Without the context half of the examples have notes; with it as many as RL gives
-    some (`sleep.stateless`). Responses are those that fit: who has notes answers as they allow.
+    so can tell, another context's. Responses are those that fit: who has notes answers as they allow.
 
     Raises:
         DataError: An example has no notes, or no responses for a reader who has only those.
     """
     rng = Random(seed)
     foreign = distinct(examples)
-    stateless = sleep.section.stateless if sleep.section.keep_context else 0.5
-    tell = sleep.section.keep_context and len(foreign) > 1
-    shares = [1 - stateless, stateless / 2, stateless / 2] if tell else [1 - stateless, stateless, 0]
+    kinds = KINDS if sleep.section.keep_context and len(foreign) > 1 else [OWN, NONE]
     taught = []
     for example in examples:
-        (kind,), other = rng.choices(KINDS, shares), rng.choice(foreign)
+        kind, other = rng.choice(kinds), rng.choice(foreign)
         while kind == SHUFFLED and other.context == example.context:
             other = rng.choice(foreign)
         if kind == NONE:
