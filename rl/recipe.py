@@ -341,6 +341,8 @@ def check_modes(file: Path, recipe: Recipe) -> None:
     shares = recipe.warmup.shares or dict.fromkeys(recipe.modes, 1.0)
     if min(shares.values()) < 0 or not sum(shares.values()) > 0:
         raise RecipeError(f"{file}: warmup.shares: shares are at least 0, and one is more")
+    if recipe.warmup.length_power != 1 and recipe.sleep.mechanism in STATES:
+        raise RecipeError(f"{file}: warmup.length_power: rows behind a state of {recipe.sleep.mechanism} know 1 alone")
     if recipe.warmup.max_level:
         if recipe.warmup.pairing == "paired":
             raise RecipeError(f"{file}: warmup.max_level: paired rows show every mode; use pairing: cross")

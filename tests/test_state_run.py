@@ -108,6 +108,7 @@ def test_what_is_exported_sleeps(run: tuple[str, Path]) -> None:
         (["sleep={mechanism: raw}"], "sleep.mechanism: raw: there is nothing in it to train"),
         (["sleep={mechanism: memory, layer: 2}"], "sleep.layer: 2: the model has the layers 0 to 1"),
         (["data.task=calc", "data.queries=1", "sleep.queries=1"], "context 0: empty, there is nothing to sleep on"),
+        (["warmup.length_power=0.5"], "warmup.length_power: rows behind a state of gist know 1 alone"),
     ],
 )
 def test_what_the_start_refuses(overrides: list[str], message: str, tmp_path: Path, capsys) -> None:
