@@ -124,7 +124,7 @@ def place(frame: FrameType | None) -> tuple[str, bool]:
     """Where a thread is: the innermost function of siesta, with its line; and whether it is in torch.distributed."""
     where, waits = "", False  # a training is always called by siesta
     while frame is not None:
-        module = frame.f_globals["__name__"]
+        module = frame.f_globals.get("__name__", "")  # code that torch.compile has made has none
         waits = waits or module.startswith("torch.distributed")
         if not where and module.startswith("siesta."):
             where = f"{module}.{frame.f_code.co_name}:{frame.f_lineno}"

@@ -16,12 +16,11 @@ What is overridden, and why (tests/test_trl_contract.py holds TRL to it):
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import cast
 
 import torch
 from transformers import GenerationConfig
 from trl import GRPOTrainer
-from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.utils import RepeatSampler
 
 from siesta.data.prompts import pad_id
@@ -38,6 +37,7 @@ from siesta.rl.passes import Passes, without_prompts
 from siesta.rl.resumable import EpochOrder, ResumableTrainer
 from siesta.rl.rollout import ModePlan, annealed_floor, draw_modes
 from siesta.rl.scoring import TokenScores
+from siesta.rl.sharding import whole_weights
 from siesta.rl.spread import Batch, sequence_lengths
 from siesta.rl.timing import OptimizerPhase, Phases
 
@@ -159,12 +159,12 @@ class DeGRPOTrainer(FiniteSteps, ResumableTrainer, GRPOTrainer):
         """What writes one batch of responses with `generate` and the weights of this step, whole on every rank."""
         eos_ids = cast(list[int], self.eos_token_ids)
         with (
-            unwrap_model_for_generation(
-                cast(Any, self.model_wrapped),
+            whole_weights(
+                cast(torch.nn.Module, self.model_wrapped),
                 self.accelerator,
-                gradient_checkpointing_kwargs=cast(dict | None, self.args.gradient_checkpointing_kwargs),
+                cast(dict | None, self.args.gradient_checkpointing_kwargs),
             ) as model,
-            inference(cast(torch.nn.Module, model)),
+            inference(model),
             replaced(model, "generation_config", GenerationConfig()),
         ):
 

@@ -2,26 +2,25 @@
 
 from typing import Any, cast
 
-from trl.models.utils import unwrap_model_for_generation
-
 from siesta.data.schema import Example
 from siesta.rl import policies
 from siesta.rl.context import Context, main_process
 from siesta.rl.panels import Panels, validation_panels
+from siesta.rl.sharding import whole_weights
 from siesta.rl.trainer import DeGRPOTrainer
 
 
 def validate(context: Context, trainer: DeGRPOTrainer, examples: list[Example], panels: Panels) -> dict[str, float]:
     """Numbers of the free policy on validation items; sharded weights are gathered on every rank first."""
-    with unwrap_model_for_generation(cast(Any, trainer.model_wrapped), trainer.accelerator) as model:
+    with whole_weights(cast(Any, trainer.model_wrapped), trainer.accelerator) as model:
         values = {}
         if main_process():
-            measured = context.measure(cast(Any, model), examples, samples=context.recipe.evaluate.every_samples)
+            measured = context.measure(model, examples, samples=context.recipe.evaluate.every_samples)
             result = policies.table(measured, resamples=1, seed=0)
             values = validation_numbers(result)
             panels.show(lambda: validation_panels(measured, result), trainer.state.global_step)
             if context.sleeps:
-                values |= validate_states(context, cast(Any, model), examples)
+                values |= validate_states(context, model, examples)
     trainer.accelerator.wait_for_everyone()
     return values
 

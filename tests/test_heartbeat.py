@@ -100,9 +100,9 @@ def test_a_slow_rank_that_moves_is_not_lost() -> None:
 
 
 def test_where_a_thread_is_and_whether_it_waits() -> None:
-    def in_module(name: str, call: Callable[[], Any]) -> Callable[[], Any]:
-        """A function that calls another one and stands in a module of that name."""
-        scope: dict[str, Any] = {"__name__": name, "call": call}
+    def in_module(name: str | None, call: Callable[[], Any]) -> Callable[[], Any]:
+        """A function that calls another one and stands in a module of that name, or in none, as compiled code does."""
+        scope: dict[str, Any] = {"call": call} | ({"__name__": name} if name else {})
         exec("def function():\n    return call()", scope)
         return scope["function"]
 
@@ -114,6 +114,7 @@ def test_where_a_thread_is_and_whether_it_waits() -> None:
     assert in_module("siesta.rl.trainer", reward)() == ("siesta.rewards.reward.function:2", False), "the innermost"
     gather = in_module("torch.distributed.distributed_c10d", here)
     assert in_module("siesta.rl.trainer", gather)() == ("siesta.rl.trainer.function:2", True)
+    assert in_module("siesta.rl.trainer", in_module(None, here))() == ("siesta.rl.trainer.function:2", False)
 
 
 def test_one_process_has_no_heart() -> None:

@@ -1,4 +1,4 @@
-"""Two processes take the steps of one and go on from a checkpoint bit by bit: DDP, ZeRO-1 to 3.
+"""Two processes take the steps of one and go on from a checkpoint bit by bit: DDP, FSDP2, ZeRO-1 to 3.
 
 A launch costs many times what it does, so that every case of a kind of sharding is in one (`train_tiny`): one launch
 of one process, and for each kind one that trains and one that goes on.
@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from siesta.rl.checkpoints import check_intact, read_manifest
+from tests.distributed import fsdp_on_cpu
 from tests.distributed.train_tiny import RESUMED, STEPS
 from tests.helpers import parameters, save_tiny_model, tiny_model
 from tests.test_checkpoints import without_clock
@@ -37,7 +38,7 @@ needs_deepspeed = [
     pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed"),
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++: DeepSpeed compiles an extension"),
 ]
-KINDS = ["ddp", *(pytest.param(f"zero{stage}", marks=needs_deepspeed) for stage in (1, 2, 3))]
+KINDS = ["ddp", "fsdp2", *(pytest.param(f"zero{stage}", marks=needs_deepspeed) for stage in (1, 2, 3))]
 
 
 def launched(folder: Path, name: str, launcher: list[str], *options: str) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def launched(folder: Path, name: str, launcher: list[str], *options: str) -> dic
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     if "accelerate.commands.launch" not in launcher:  # its own setting; beside it this one turns DeepSpeed off
-        environment["ACCELERATE_USE_CPU"] = "true"
+        environment |= {"ACCELERATE_USE_CPU": "true"} | (fsdp_on_cpu.ENVIRONMENT if name == "fsdp2" else {})
     script = ["-m", "tests.distributed.train_tiny", str(folder), name, *options]
     done = subprocess.run(  # much time: DeepSpeed compiles an extension when it is used for the first time
         [*launcher, *script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
@@ -56,7 +57,7 @@ def launched(folder: Path, name: str, launcher: list[str], *options: str) -> dic
 
 def launcher(folder: Path, kind: str) -> list[str]:
     """The command that starts two processes."""
-    if kind == "ddp":
+    if kind in ("ddp", "fsdp2"):
         return TORCHRUN
     file = folder / f"{kind}.yaml"
     file.write_text(LAUNCH.format(stage=kind[-1], init=str(kind == "zero3").lower()))
@@ -89,7 +90,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 def several(folder: Path, kind: str) -> dict[str, Any]:
     """What two make of it."""
     outcomes = launched(folder, kind, launcher(folder, kind))
-    assert outcomes["kind"] == ("MULTI_CPU 2" if kind == "ddp" else "DEEPSPEED 2")
+    assert outcomes["kind"] == {"ddp": "MULTI_CPU 2", "fsdp2": "FSDP 2"}.get(kind, "DEEPSPEED 2")
     return outcomes
 
 

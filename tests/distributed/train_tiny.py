@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import LoraConfig
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTConfig
@@ -29,8 +30,9 @@ from siesta.rl.config import DeGRPOConfig
 from siesta.rl.resumable import train_on
 from siesta.rl.trainer import DeGRPOTrainer
 from siesta.rl.warmup_trainer import SortedWarmupTrainer, WarmupTrainer
+from tests.distributed import fsdp_on_cpu
 from tests.given import GivenRollouts
-from tests.helpers import one_step, parameters, tiny_judge
+from tests.helpers import one_step, tiny_judge
 from tests.test_trainer import dataset
 
 # Case -> settings of one process and, over them, of several: other passes, ranks and micro-batches, the same steps.
@@ -96,8 +98,13 @@ class Given(GivenRollouts):
 
     def _get_grad_norm(self, model, grad_norm=None):
         if not self.is_deepspeed_enabled:
-            self.gradients.append(torch.cat([cast(torch.Tensor, p.grad).flatten() for p in model.parameters()]))
+            self.gradients.append(torch.cat([whole(cast(torch.Tensor, p.grad)).flatten() for p in model.parameters()]))
         return super()._get_grad_norm(model, grad_norm)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Of all ranks, if FSDP2 shares it out. Collective."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager
@@ -178,13 +185,13 @@ def config(folder: Path, rollouts: int, **settings: Any) -> DeGRPOConfig:
 def whole_weights(trainer: Trainer) -> torch.Tensor:
     """Collective."""
     model = cast(torch.nn.Module, trainer.accelerator.unwrap_model(trainer.model))
-    whole: Any = nullcontext()
+    gathered: Any = nullcontext()
     if is_deepspeed_zero3_enabled():
         import deepspeed  # pyright: ignore[reportMissingImports]
 
-        whole = deepspeed.zero.GatheredParameters(list(model.parameters()))
-    with whole:
-        return parameters(model).clone()
+        gathered = deepspeed.zero.GatheredParameters(list(model.parameters()))
+    with gathered:
+        return torch.cat([whole(p.detach()).flatten() for p in model.parameters()]).clone()
 
 
 def take_steps(folder: Path, name: str, case: str) -> Outcome:
@@ -233,11 +240,12 @@ def interrupted(folder: Path, name: str, case: str, *, resume: bool) -> Outcome:
 
 
 def main(folder: Path, name: str, *options: str) -> None:
+    fsdp_on_cpu.allow()
     resume = "resume" in options
     done: dict[str, Any] = {} if resume else {case: asdict(take_steps(folder, name, case)) for case in STEPS}
     if name != "alone":
         done |= {case: asdict(interrupted(folder, name, case, resume=resume)) for case in RESUMED}
-    state = PartialState()
+    state = AcceleratorState()
     if state.is_main_process:
         done["kind"] = f"{state.distributed_type.value} {state.num_processes}"
         torch.save(done, folder / f"{'-'.join((name, *options))}.pt")
