@@ -5,6 +5,7 @@ is split again by tokens, and the passes add their gradients up before the Train
 as many passes as the rank that needs most: forward and backward can be collectives.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -164,7 +165,9 @@ class Passes:
         smallest = sorted(self.groups(batch), key=lambda unit: unit.tokens)[:4]
         rows = select(batch, [row for unit in smallest for row in unit.rows[:2]])
         ids, mask = with_prompts(rows)
-        with self.accelerator.autocast(), inference(model):  # not in training mode: dropout would differ
+        # Not in training mode: dropout would differ. Nothing is compiled there, and FlexAttention complains of it.
+        with self.accelerator.autocast(), inference(model), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
             gap = self.scorer.disagreement(model, ids, mask, rows["completion_ids"].shape[1])
         if not gap <= MAX_DISAGREEMENT:
             raise ModelError(

@@ -107,16 +107,19 @@ class EpochShuffle(Sampler[int]):
 
 
 def agreed(work: Callable[[], T]) -> T:
-    """What `work` returns on the main process, or the UserError it ends in there, on every rank."""
+    """What `work` returns on the main process, on every rank. A UserError that it ends in there ends all of them, and
+    the main one tells it.
+    """
     result: list[Any] = [None]
-    if PartialState().is_main_process:
+    main = PartialState().is_main_process
+    if main:
         try:
             result = [work()]
         except UserError as error:
             result = [error]
     broadcast_object_list(result)
     if isinstance(result[0], UserError):
-        raise result[0]
+        raise result[0] if main else type(result[0])()
     return result[0]
 
 

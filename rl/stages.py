@@ -1,8 +1,9 @@
 """The stages of a run, in order: model, warm-up, RL, evaluation, export, report. Each reads what others left."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from typing import Any, cast
 
 from datasets import Dataset
@@ -30,7 +31,7 @@ from siesta.rl.policies import Measurement
 from siesta.rl.precision import default_device, mixed_by_default
 from siesta.rl.quantize import quantization_config
 from siesta.rl.report import write_report
-from siesta.rl.resumable import ResumableTrainer, train_on
+from siesta.rl.resumable import ResumableTrainer, agreed, train_on
 from siesta.rl.run import write_atomically
 from siesta.rl.signals import StopOnSignal
 from siesta.rl.sleep.factory import build_consolidator
@@ -92,35 +93,51 @@ def rl_config(context: Context) -> DeGRPOConfig:
     return config
 
 
+def on_main(work: Callable[[Context], None]) -> Callable[[Context], None]:
+    """`work` is done by the main process alone. The others wait for it, and end with it if it ends in a UserError."""
+
+    @wraps(work)
+    def stage(context: Context) -> None:
+        agreed(lambda: work(context))
+
+    return stage
+
+
+@on_main
 def model_stage(context: Context) -> None:
     """Build or fetch the model and give it the control tokens."""
-    if main_process():
-        prepare = partial(build_consolidator, context.recipe.sleep) if context.trains_states else None
-        with fixed_randomness(context.recipe.seed):
-            make_model(context.recipe, context.path / "model", prepare)
-        if origin := read_origin(context.path / "model"):
-            context.say(f"model: {origin}, in {context.recipe.model.dtype}")
+    prepare = partial(build_consolidator, context.recipe.sleep) if context.trains_states else None
+    with fixed_randomness(context.recipe.seed):
+        make_model(context.recipe, context.path / "model", prepare)
+    if origin := read_origin(context.path / "model"):
+        context.say(f"model: {origin}, in {context.recipe.model.dtype}")
 
 
 def warmup_stage(context: Context) -> None:
     """Teach every mode, then check that RL can start."""
     section = context.recipe.warmup
-    validation = context.examples("validation", section.check_items)
     if section.enabled:
+        validation = context.examples("validation", section.check_items)
         trainer = warmup_trainer(context, validation)
         check_first_batch(context, trainer)
         train(context, trainer, "warmup")
         save_trained(context, trainer, "warmup")
-    if main_process():
-        context.tracker.begin("warm-up gate")
-        model = context.load(context.start)
-        measured = measure_taught(context, model, validation)
-        shares = ", ".join(
-            f"P({name}) {share:.2f}" for name, share in zip(measured.modes, measured.mode_probs.mean(0), strict=True)
-        )
-        context.say(f"warm-up gate: mass {measured.mass.mean():.3f}, {shares}")
-        context.say(f"warm-up gate: accuracy % by level: {accuracy_by_level(measured)}")
-        check_gate(measured, section, context.modes)
+    warmup_gate(context)
+
+
+@on_main
+def warmup_gate(context: Context) -> None:
+    """Can RL start from what the warm-up has left?"""
+    section = context.recipe.warmup
+    context.tracker.begin("warm-up gate")
+    model = context.load(context.start)
+    measured = measure_taught(context, model, context.examples("validation", section.check_items))
+    shares = ", ".join(
+        f"P({name}) {share:.2f}" for name, share in zip(measured.modes, measured.mode_probs.mean(0), strict=True)
+    )
+    context.say(f"warm-up gate: mass {measured.mass.mean():.3f}, {shares}")
+    context.say(f"warm-up gate: accuracy % by level: {accuracy_by_level(measured)}")
+    check_gate(measured, section, context.modes)
 
 
 def measure_taught(context: Context, model: Any, validation: list[Example]) -> Measurement:
@@ -284,10 +301,9 @@ def rl_stage(context: Context) -> None:
         raise GuardStop(f"collapse guard stopped the run at step {guard.fired_at}: {guard.reason}")
 
 
+@on_main
 def evaluate_stage(context: Context) -> None:
     """Price every policy on the test items, before and after RL, and print the table."""
-    if not main_process():
-        return
     section = context.recipe.evaluate
     examples = context.examples("test", section.items)
     trained = context.recipe.rl.enabled
@@ -329,18 +345,19 @@ def show_evaluation(context: Context) -> None:
         context.say(policies.hack_line(results[last]["hacks"]))
 
 
+@on_main
 def export_stage(context: Context) -> None:
     """The folder that is served."""
     section = context.recipe.export
-    if main_process() and section.enabled:
+    if section.enabled:
         trained = context.path / "rl" if context.recipe.rl.enabled else context.start
         export_checkpoint(trained, context.path / "export", run=context.path, dtype=section.dtype)
 
 
+@on_main
 def report_stage(context: Context) -> None:
     """report.md with the curves and the table."""
-    if main_process():
-        write_report(context.path)
+    write_report(context.path)
 
 
 STAGES = {

@@ -3,15 +3,19 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from benchmarks.faults_injectors import flip, truncate
 from siesta.data.errors import CheckpointError, RecipeError
+from siesta.rl import resumable
 from siesta.rl.recipe import Recipe, load_recipe
+from siesta.rl.resumable import agreed
 from siesta.rl.run import DEPENDS, Run, write_atomically
 from siesta.rl.stages import STAGES
+from siesta.rl.warmup import GateError
 
 RECIPE = """\
 modes:
@@ -269,3 +273,30 @@ def test_a_damaged_model_of_a_finished_stage_is_named(recipe: Callable, damage: 
     assert str(caught.value).endswith(f"or delete {run.path} to make the run again")
     assert "rl" not in again.finished()
     assert not again.stage("warmup", interrupted), "a stage that is finished reads nothing"
+
+
+# ---- what the main process does for all --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("main", "told"), [(True, "say this once"), (False, "")])
+def test_an_error_of_the_main_process_ends_every_rank_and_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, main: bool, told: str
+) -> None:
+    def work() -> None:
+        raise GateError("say this once")
+
+    def broadcast(result: list) -> None:
+        assert isinstance(result[0], GateError) == main
+        result[0] = GateError("say this once")
+
+    monkeypatch.setattr(resumable, "PartialState", lambda: SimpleNamespace(is_main_process=main))
+    monkeypatch.setattr(resumable, "broadcast_object_list", broadcast)
+    with pytest.raises(GateError) as error:
+        agreed(work)
+    assert str(error.value) == told
+
+
+def test_what_the_main_process_has_found_is_known_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resumable, "PartialState", lambda: SimpleNamespace(is_main_process=False))
+    monkeypatch.setattr(resumable, "broadcast_object_list", lambda result: result.__setitem__(0, 7))
+    assert agreed(lambda: pytest.fail("work of the main process alone")) == 7
