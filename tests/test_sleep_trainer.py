@@ -65,19 +65,27 @@ def embedded_model(folder: Path) -> PreTrainedModel:
     return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(folder / "model")).eval()
 
 
+def save_embedded(folder: Path, judge: Judge) -> None:
+    """A tiny model over the judge's tokenizer."""
+    model = embedded.build_model(judge.tokenizer, seed=0, layers=2, hidden_size=16, heads=2, init=0.2)
+    grow_embeddings(model, judge.tokenizer, [*TOKENS, "<sleep>"])
+    model.save_pretrained(folder)
+    judge.tokenizer.save_pretrained(folder)
+
+
 def build(
     folder: Path,
     data: Dataset | None = None,
     sleep: dict | None = None,
     peft_config: LoraConfig | None = None,
+    kind: type[SleepTrainer] = SleepTrainer,
+    judge: Judge | None = None,
     **settings: Any,
 ) -> SleepTrainer:
-    """A trainer on a tiny model; two contexts a step unless `settings` say otherwise."""
-    judge = uneven_judge()
-    model = embedded.build_model(judge.tokenizer, seed=0, layers=2, hidden_size=16, heads=2, init=0.2)
-    grow_embeddings(model, judge.tokenizer, [*TOKENS, "<sleep>"])
-    model.save_pretrained(folder / "model")
-    judge.tokenizer.save_pretrained(folder / "model")
+    """A trainer on a tiny model; two contexts a step on each device unless `settings` say otherwise."""
+    judge = judge or uneven_judge()
+    if not (folder / "model").exists():
+        save_embedded(folder / "model", judge)
     options = {"mechanism": "notes", "queries": QUERIES, "sleeps": SLEEPS, "max_tokens": 12} | (sleep or {})
     section = SleepSection.model_validate(options)
     fields: dict[str, Any] = one_step(folder) | {
@@ -86,7 +94,7 @@ def build(
         "sleeps": SLEEPS,
     }
     args = SleepConfig(**(fields | settings))
-    return SleepTrainer(
+    return kind(
         model=str(folder / "model"),
         judge=judge,
         args=args,

@@ -20,6 +20,7 @@ from tests.distributed import fsdp_on_cpu
 from tests.distributed.train_tiny import RESUMED, STEPS
 from tests.helpers import parameters, save_tiny_model, tiny_model
 from tests.test_checkpoints import without_clock
+from tests.test_sleep_trainer import save_embedded, uneven_judge
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -68,6 +69,7 @@ def launcher(folder: Path, kind: str) -> list[str]:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("equality")
     save_tiny_model(folder / "model")
+    save_embedded(folder / "embedded" / "model", uneven_judge())
     return folder
 
 

@@ -2,10 +2,11 @@
 
     train_tiny.py FOLDER NAME [resume]
 
-FOLDER holds `model`. FOLDER/NAME.pt gets the kind of the processes and what `Outcome` has of every case. Those of
-`STEPS` are on given rollouts, which depend on the step and the prompt's place in the whole batch alone, so that any
-number of processes trains on the same ones. Those of `RESUMED` write their own rollouts and leave a checkpoint in the
-middle; with `resume` they alone are done, from copies of those checkpoints, and FOLDER/NAME-resume.pt is written.
+FOLDER holds `model` and `embedded/model`, which knows the sleep token. FOLDER/NAME.pt gets the kind of the processes
+and what `Outcome` has of every case. Those of `STEPS` are on given rollouts, which depend on the step and the prompt's
+place in the whole batch alone, so that any number of processes trains on the same ones. Those of `RESUMED` write their
+own rollouts and leave a checkpoint in the middle; with `resume` they alone are done, from copies of those checkpoints,
+and FOLDER/NAME-resume.pt is written.
 """
 
 import shutil
@@ -28,11 +29,13 @@ from trl import SFTConfig
 
 from siesta.rl.config import DeGRPOConfig
 from siesta.rl.resumable import train_on
+from siesta.rl.sleep.trainer import SleepTrainer
 from siesta.rl.trainer import DeGRPOTrainer
 from siesta.rl.warmup_trainer import SortedWarmupTrainer, WarmupTrainer
 from tests.distributed import fsdp_on_cpu
 from tests.given import GivenRollouts
 from tests.helpers import one_step, tiny_judge
+from tests.test_sleep_trainer import build, uneven_judge
 from tests.test_trainer import dataset
 
 # Case -> settings of one process and, over them, of several: other passes, ranks and micro-batches, the same steps.
@@ -51,6 +54,7 @@ RESUMED: dict[str, dict[str, Any]] = {
     "adapter": {"lora": True},
     "warmup": {"kind": WarmupTrainer},
     "sorted warmup": {"kind": SortedWarmupTrainer},
+    "notes": {"kind": SleepTrainer, "beta": 0.1},
 }
 
 
@@ -130,7 +134,7 @@ def full_gradient(model: torch.nn.Module) -> torch.Tensor:
     return torch.cat([cast(torch.Tensor, safe_get_full_grad(p)).flatten().clone() for p in model.parameters()])
 
 
-class Seen(DeGRPOTrainer):
+class SeesRows(DeGRPOTrainer):
     """Keeps which rows this rank was asked to write rollouts for."""
 
     prompts: list[Any]
@@ -138,6 +142,10 @@ class Seen(DeGRPOTrainer):
     def _generate_and_score_completions(self, inputs):
         self.prompts.append((self.state.global_step, [row["answer"] for row in inputs]))
         return super()._generate_and_score_completions(inputs)
+
+
+class SeesContexts(SeesRows, SleepTrainer):
+    """The same of a trainer that writes notes first."""
 
 
 class SeesBatches(Trainer):
@@ -159,10 +167,15 @@ class BeginsAtThree(TrainerCallback):
         assert state.global_step == 3
 
 
+def by_sum(solution: str, answer: str) -> float:
+    """A verdict that depends on nothing but response and answer."""
+    return float(sum(map(ord, solution + answer)) % 3 == 0)
+
+
 def judge() -> Any:
-    """Verdicts depend on nothing but response and answer."""
+    """Gives such verdicts."""
     made = tiny_judge()
-    made.verifiers["exact"] = lambda solution, answer: float(sum(map(ord, solution + answer)) % 3 == 0)
+    made.verifiers["exact"] = by_sum
     return made
 
 
@@ -211,7 +224,10 @@ def trainer_of(folder: Path, case: str, out: Path) -> Any:
     """A trainer that saves after three of its six steps, all in the middle of something."""
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "logging_steps": 2} | RESUMED[case]
     settings |= {"output_dir": str(out), "lr_scheduler_type": "linear", "max_grad_norm": 1e9}
-    if kind := settings.pop("kind", None):
+    kind = settings.pop("kind", None)
+    if kind is SleepTrainer:
+        return sleeper(folder / "embedded", settings)
+    if kind:
         # The first id of a row tells which one it is.
         rows = Dataset.from_list([{"prompt": f"{n} +1 =", "completion": f" {n}" * (n % 3 + 1)} for n in range(8)])
         settings["per_device_train_batch_size"] = 4 // torch.distributed.get_world_size()
@@ -219,7 +235,14 @@ def trainer_of(folder: Path, case: str, out: Path) -> Any:
         return seen(model=str(folder / "model"), args=SFTConfig(**(one_step(folder) | settings)), train_dataset=rows)
     lora = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=2) if settings.pop("lora", False) else None
     args = config(folder, 8, **settings)
-    return Seen(model=str(folder / "model"), judge=judge(), args=args, train_dataset=dataset(4), peft_config=lora)
+    return SeesRows(model=str(folder / "model"), judge=judge(), args=args, train_dataset=dataset(4), peft_config=lora)
+
+
+def sleeper(folder: Path, settings: dict[str, Any]) -> SeesContexts:
+    """Two contexts a rank, of which one is slept on."""
+    made = uneven_judge()
+    made.verifiers["exact"] = by_sum
+    return cast(SeesContexts, build(folder, sleep={"stateless": 0.5}, kind=SeesContexts, judge=made, **settings))
 
 
 def interrupted(folder: Path, name: str, case: str, *, resume: bool) -> Outcome:
