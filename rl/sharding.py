@@ -35,7 +35,7 @@ def whole_weights(wrapped: torch.nn.Module, accelerator: Accelerator, checkpoint
 def unsharded(model: torch.nn.Module) -> Iterator[None]:
     """FSDP2's modules hold whole weights inside; others are left alone. Costs a copy of all weights on every rank."""
     parts = [part for part in model.modules() if isinstance(part, FSDPModule)]
-    groups = [group for part in parts for group in part._get_fsdp_state()._fsdp_param_groups]
+    groups = [group for part in parts for group in parameter_groups(part)]
     after_forward = [group.post_forward_mesh_info for group in groups]  # torch can set what it is, and not tell
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
@@ -47,3 +47,10 @@ def unsharded(model: torch.nn.Module) -> Iterator[None]:
             group.post_forward_mesh_info = before
         for part in parts:
             part.reshard()
+
+
+def parameter_groups(part: FSDPModule) -> list[Any]:
+    """The groups of parameters that `part` gathers: one at most in torch 2.11, a list later."""
+    state = vars(part._get_fsdp_state())
+    groups = state["_fsdp_param_groups"] if "_fsdp_param_groups" in state else [state["_fsdp_param_group"]]
+    return [group for group in groups if group is not None]

@@ -5,10 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 import torch
 
-from siesta.rl.sharding import unsharded
+from siesta.rl.sharding import parameter_groups, unsharded
 from tests.helpers import tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -38,3 +41,16 @@ def test_a_model_in_one_piece_is_left_alone() -> None:
     with unsharded(model), torch.no_grad():
         assert model(torch.tensor([[1, 2]])).logits.isfinite().all()
     assert [parameter.data_ptr() for parameter in model.parameters()] == before
+
+
+@pytest.mark.parametrize(
+    ("state", "groups"),
+    [
+        ({"_fsdp_param_groups": ["a", "b"]}, ["a", "b"]),
+        ({"_fsdp_param_group": "a"}, ["a"]),
+        ({"_fsdp_param_group": None}, []),
+    ],
+)
+def test_groups_of_a_part_in_every_torch_that_is_allowed(state: dict, groups: list) -> None:
+    part: Any = SimpleNamespace(_get_fsdp_state=lambda: SimpleNamespace(**state))
+    assert parameter_groups(part) == groups
