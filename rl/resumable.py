@@ -34,11 +34,11 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import get_model_param_count
 from trl.trainer.utils import RepeatSampler
 
-from siesta.data.errors import CheckpointError, UserError
+from siesta.data.errors import CheckpointError, Ending
 from siesta.rl import checkpoints
 from siesta.rl.checkpoints import UNFINISHED
 from siesta.rl.generation import replaced
-from siesta.rl.heartbeat import Heartbeat
+from siesta.rl.heartbeat import Heartbeat, RankLost
 from siesta.rl.signals import StopOnSignal
 
 logger = logging.getLogger(__name__)
@@ -107,19 +107,22 @@ class EpochShuffle(Sampler[int]):
 
 
 def agreed(work: Callable[[], T]) -> T:
-    """What `work` returns on the main process, on every rank. A UserError that it ends in there ends all of them, and
-    the main one tells it.
+    """What `work` returns on the main process, on every rank. An error that it ends in there ends all of them, and the
+    main one tells it.
     """
     result: list[Any] = [None]
-    main = PartialState().is_main_process
-    if main:
+    failure: Exception | None = None
+    if PartialState().is_main_process:
         try:
             result = [work()]
-        except UserError as error:
-            result = [error]
+        except Exception as error:  # raised below, when the others know
+            failure = error
+            result = [type(error)() if isinstance(error, Ending) else RankLost()]
     broadcast_object_list(result)
-    if isinstance(result[0], UserError):
-        raise result[0] if main else type(result[0])()
+    if failure is not None:
+        raise failure
+    if isinstance(result[0], Ending):
+        raise result[0]
     return result[0]
 
 

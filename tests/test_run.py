@@ -11,6 +11,7 @@ import yaml
 from benchmarks.faults_injectors import flip, truncate
 from siesta.data.errors import CheckpointError, RecipeError
 from siesta.rl import resumable
+from siesta.rl.heartbeat import RankLost
 from siesta.rl.recipe import Recipe, load_recipe
 from siesta.rl.resumable import agreed
 from siesta.rl.run import DEPENDS, Run, write_atomically
@@ -278,22 +279,31 @@ def test_a_damaged_model_of_a_finished_stage_is_named(recipe: Callable, damage: 
 # ---- what the main process does for all --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("main", "told"), [(True, "say this once"), (False, "")])
+@pytest.mark.parametrize(
+    ("raised", "elsewhere"), [(GateError("say this once"), GateError), (KeyError("nobody expected it"), RankLost)]
+)
 def test_an_error_of_the_main_process_ends_every_rank_and_is_told_once(
-    monkeypatch: pytest.MonkeyPatch, main: bool, told: str
+    monkeypatch: pytest.MonkeyPatch, raised: Exception, elsewhere: type[Exception]
 ) -> None:
+    sent: list = []
+
     def work() -> None:
-        raise GateError("say this once")
+        raise raised
 
-    def broadcast(result: list) -> None:
-        assert isinstance(result[0], GateError) == main
-        result[0] = GateError("say this once")
-
-    monkeypatch.setattr(resumable, "PartialState", lambda: SimpleNamespace(is_main_process=main))
-    monkeypatch.setattr(resumable, "broadcast_object_list", broadcast)
-    with pytest.raises(GateError) as error:
+    monkeypatch.setattr(resumable, "PartialState", lambda: SimpleNamespace(is_main_process=True))
+    monkeypatch.setattr(resumable, "broadcast_object_list", sent.extend)
+    with pytest.raises(type(raised)) as error:
         agreed(work)
-    assert str(error.value) == told
+    assert error.value is raised
+
+    def receive(result: list) -> None:
+        result[:] = sent
+
+    monkeypatch.setattr(resumable, "PartialState", lambda: SimpleNamespace(is_main_process=False))
+    monkeypatch.setattr(resumable, "broadcast_object_list", receive)
+    with pytest.raises(elsewhere) as error:
+        agreed(lambda: pytest.fail("work of the main process alone"))
+    assert not str(error.value)
 
 
 def test_what_the_main_process_has_found_is_known_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
