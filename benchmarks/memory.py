@@ -1,6 +1,7 @@
-"""B2: peak memory of a training pass, the longest rollout that fits, and the estimate of `--dry-run` against both.
+"""B2: peak memory of a training pass and the estimate of `--dry-run` against it; the longest rollout that fits.
 
-    python -m benchmarks.memory --shapes 0.6b 1.5b --out speed/b2.json      # one CUDA device
+    python -m benchmarks.memory --shapes 0.6b 1.5b --out speed/b2.json                # one CUDA device
+    python -m benchmarks.memory --shapes 0.6b --longest --out speed/b2_longest.json   # the search in its place
 
 Peaks are those of the device's allocator with one trainer alive: weights, gradients, optimizer states, activations.
 Both trainers get rows of equal length, so neither pads, and as many of them in a pass.
@@ -126,25 +127,20 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["0.6b", "1.5b"], choices=list(shapes.SHAPES))
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--longest", action="store_true", help="also search the longest rollout that fits")
+    parser.add_argument("--longest", action="store_true", help="search the longest rollout that fits instead")
     parser.add_argument("--start", type=int, default=16_384, help="length where that search begins")
     parser.add_argument("--out", type=Path, default=None, help="JSON file")
     options = parser.parse_args()
     result: dict = {"settings": vars(options), "environment": environment("cuda"), "peaks": [], "longest": []}
     for shape in options.shapes:
-        result["peaks"] += equal_content(shape, options.length, options.rows)
-        save(result, options.out)
         if options.longest:
-            fits = {arm: longest(arm, shape, torch.float32, options.start, 3) for arm in ("stock", "siesta")}
+            fits = {arm: longest(arm, shape, torch.float32, options.start, 3) for arm in ("siesta", "stock")}
             result["longest"].append({"shape": shape} | fits)
             print(result["longest"][-1], flush=True)
-            save(result, options.out)
-
-
-def save(result: dict, out: Path | None) -> None:
-    """Keep what there is: the next search takes minutes."""
-    if out:
-        write_json(out, result)
+        else:
+            result["peaks"] += equal_content(shape, options.length, options.rows)
+        if options.out:  # after each shape: a search takes minutes
+            write_json(options.out, result)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,10 @@ def train_pass(content: dict) -> str:
 
 
 def memory(content: dict) -> str:
-    """B2: peaks of equal content and the estimate, and the longest rollout."""
+    """B2: peaks of equal content and the estimate, or the longest rollouts."""
+    if content["longest"]:
+        longest = [[row["shape"], f"{row['stock']:,}", f"{row['siesta']:,}"] for row in content["longest"]]
+        return table(["shape", "longest rollout, stock", "longest rollout, siesta"], longest)
     cells = [
         [row["shape"], row["weights"].removeprefix("torch."), row["checkpointing"], f"{row['tokens']:,}"]
         + ["does not fit" if row[arm] is None else f"{row[arm]:.1f}" for arm in ("stock", "siesta")]
@@ -68,11 +71,7 @@ def memory(content: dict) -> str:
         for row in content["peaks"]
     ]
     header = ["shape", "weights", "checkpointing", "tokens of a pass", "stock, GiB", "siesta, GiB", "estimate, GiB"]
-    parts = [table(header, cells)]
-    if content["longest"]:
-        longest = [[row["shape"], f"{row['stock']:,}", f"{row['siesta']:,}"] for row in content["longest"]]
-        parts.append(table(["shape", "longest rollout, stock", "longest rollout, siesta"], longest))
-    return "\n\n".join(parts)
+    return table(header, cells)
 
 
 def generate(content: dict) -> str:
