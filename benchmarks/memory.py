@@ -10,6 +10,7 @@ Both trainers get rows of equal length, so neither pads, and as many of them in 
 import argparse
 import gc
 import tempfile
+import time
 from pathlib import Path
 from typing import Any, cast
 
@@ -83,14 +84,15 @@ def longest(arm: str, shape: str, dtype: torch.dtype, start: int, rounds: int) -
     trainer = make(arm, shape, 1, MOST, dtype)  # one for all lengths: to compile takes longer than to measure
 
     def fit(length: int) -> bool:
-        found = True
+        found, start = "does not fit", time.monotonic()
         try:
-            peak(trainer, shape, 1, length)
+            found = f"{peak(trainer, shape, 1, length):.1f} GiB"
         except torch.OutOfMemoryError:
-            found = False
+            pass
+        print(f"{arm} {shape} {length:,} tokens: {found} ({time.monotonic() - start:.0f} s)", flush=True)
         cast(torch.nn.Module, trainer.model).zero_grad(set_to_none=True)
         clean()
-        return found
+        return "GiB" in found
 
     fits, fails = 0, start
     while fit(fails):

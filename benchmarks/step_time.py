@@ -33,7 +33,8 @@ def make_trainer(options: argparse.Namespace) -> DeGRPOTrainer:
     """The trainer that makes all steps, with our default objective."""
     folder, device = Path(tempfile.mkdtemp()), "cpu" if options.cpu else "cuda"
     tokenizer = save_model(options.shape, device, folder / "model")
-    settings: dict[str, Any] = shapes.common_settings(folder / "out", device, 8, 8) | {"bf16": not options.cpu}
+    most = options.prompts * max(options.groups)  # TRL's engine works on no more rollouts at a time
+    settings: dict[str, Any] = shapes.common_settings(folder / "out", device, most, most) | {"bf16": not options.cpu}
     if not options.cpu:
         longest = options.prompt + 1 + max(options.caps)
         settings |= {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": options.vllm_share}
