@@ -84,11 +84,11 @@ def longest(arm: str, shape: str, dtype: torch.dtype, start: int, rounds: int) -
     trainer = make(arm, shape, 1, MOST, dtype)  # one for all lengths: to compile takes longer than to measure
 
     def fit(length: int) -> bool:
-        found, start = "does not fit", time.monotonic()
+        start = time.monotonic()
         try:
             found = f"{peak(trainer, shape, 1, length):.1f} GiB"
         except torch.OutOfMemoryError:
-            pass
+            found = "does not fit"
         print(f"{arm} {shape} {length:,} tokens: {found} ({time.monotonic() - start:.0f} s)", flush=True)
         cast(torch.nn.Module, trainer.model).zero_grad(set_to_none=True)
         clean()
