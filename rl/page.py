@@ -190,8 +190,9 @@ def events(story: Story) -> Iterator[str]:
 
 
 def phase_seconds(story: Story) -> dict[str, float]:
-    """Median seconds of a step in each phase; the first log, where things compile and fill, aside."""
-    rows = [row for row in story.rows if "time/step" in row][1:]
+    """Median seconds of a step in each phase; the first of several logs, where things compile and fill, aside."""
+    rows = [row for row in story.rows if "time/step" in row]
+    rows = rows[1:] or rows
     names = list(dict.fromkeys(key for row in rows for key in row if key.startswith("time/") and key != "time/step"))
     return {key.removeprefix("time/"): statistics.median(row.get(key, 0.0) for row in rows) for key in names}
 
@@ -240,8 +241,9 @@ def chapter(story: Story) -> dict[str, Any]:
         figures.mode_over_steps(story.rows, last),
         figures.accuracy_over_steps(story.rows, modes),
         figures.tokens_over_steps(story.rows, modes),
-        figures.phases([(story.name, phase_seconds(story))]),
     ]
+    if phases := phase_seconds(story):
+        curves = [*curves, figures.phases([(story.name, phases)])]
     if story.samples:
         curves = [*curves, figures.lengths(story.samples, modes)]
     origin = read_origin(story.path / "model")

@@ -116,6 +116,17 @@ def test_guards_and_faults_are_told_and_their_absence_too(run: Path) -> None:
     ]
 
 
+def test_where_the_time_goes_is_shown_from_the_first_log_on(run: Path) -> None:
+    """A log that compiled is left out where there are others."""
+    story = read_story(run)
+    logs = [{"step": n, "time/step": 9.0, "time/rollout": seconds} for n, seconds in ((1, 8.0), (2, 1.0), (3, 3.0))]
+    assert phase_seconds(replace(story, rows=logs)) == {"rollout": 2.0}
+    assert phase_seconds(replace(story, rows=logs[:1])) == {"rollout": 8.0}
+    without = [{key: value for key, value in row.items() if not key.startswith("time/")} for row in story.rows]
+    assert "where the time goes" in render([story], "t")
+    assert "where the time goes" not in render([replace(story, rows=without)], "t")
+
+
 def test_recipes_are_compared(run: Path) -> None:
     story = read_story(run)
     other = replace(story, path=run.parent / "other", recipe=RECIPE.format(seed=0, tau=0.3))
