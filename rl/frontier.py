@@ -34,10 +34,14 @@ def thinks(p: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def thresholds_by_share(p: np.ndarray, steps: int = STEPS) -> list[float]:
-    """Thresholds at which 0, 1/steps, ..., all of the items think, from 1 down to 0; ties think together or not."""
-    ordered = np.sort(p)[::-1]
-    inner = [float(ordered[round(step * len(p) / steps)]) for step in range(1, steps)]
-    return [1.0, *inner, 0.0]
+    """Thresholds at which 0, 1/steps, ..., all of the items think, from 1 down to 0, each once; ties think together or
+    not, so there may be fewer. Each lies halfway to the next larger p: computed in bf16, p comes in steps, and another
+    engine's rounding must not move the items of one over a threshold.
+    """
+    values, ordered = np.unique(p), np.sort(p)[::-1]
+    halfway = dict(zip(values, (values + np.r_[values[1:], 1.0]) / 2, strict=True))
+    inner = [float(halfway[ordered[round(step * len(p) / steps)]]) for step in range(1, steps)]
+    return list(dict.fromkeys([1.0, *inner, 0.0]))
 
 
 def routed(measured: Measurement, threshold: float) -> np.ndarray:

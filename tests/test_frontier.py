@@ -112,7 +112,20 @@ def test_thresholds_meet_every_tenth_of_the_share() -> None:
     found = thresholds_by_share(p)
     assert len(found) == 11
     assert [thinks(p, t).mean() for t in found] == pytest.approx(np.arange(11) / 10)
-    assert thresholds_by_share(np.full(5, 0.4)) == [1.0, *[0.4] * 9, 0.0]
+
+
+def test_a_threshold_lies_halfway_to_the_next_p_and_stands_once() -> None:
+    """Two values of p, as rounding leaves them: a row between them, and one above both, where no item thinks."""
+    p = np.repeat([0.2, 0.6], 5)
+    found = thresholds_by_share(p)
+    assert found == pytest.approx([1.0, 0.8, 0.4, 0.0])
+    assert [thinks(p, t).mean() for t in found] == [0.0, 0.0, 0.5, 1.0]
+    for t in found[1:-1]:
+        assert (thinks(p + 0.05, t) == thinks(p, t)).all(), "another engine rounds otherwise"
+        assert (thinks(p - 0.05, t) == thinks(p, t)).all()
+    assert thinks(p + 0.05, 0.2).all(), "negative control: at a value of p itself"
+    assert not thinks(p, 0.2).all()
+    assert thresholds_by_share(np.full(5, 0.4)) == pytest.approx([1.0, 0.7, 0.0])
 
 
 def test_points_are_rows_of_the_policy_table() -> None:
