@@ -23,10 +23,16 @@ def number(found: dict, *, percent: bool = False, digits: int = 3) -> str:
     return f"{value} [{low}, {high}]"
 
 
+def relative(part: float, whole: float) -> str:
+    """`97.3 %`; a dash where the whole is nothing."""
+    return f"{100 * part / whole:.1f} %" if whole > 0 else "-"
+
+
 def frontier_table(result: dict, decoding: str) -> Table:
-    """A row for each threshold."""
+    """A row for each threshold, accuracy and tokens also as shares of those of always thinking."""
     own = result["frontier"][decoding]
     last = list(result[decoding]["free"]["shares"])[-1]
+    full = result[decoding][f"always-{last}"]
     timed = "milliseconds" in own["points"][0]
     view = Table(
         title=f"thresholds on p({last}), {decoding}",
@@ -36,7 +42,8 @@ def frontier_table(result: dict, decoding: str) -> Table:
             for unit, name in (("tokens", "area"), ("share", "area_by_share"))
         ),
     )
-    for name in ("threshold", f"{last} %", "accuracy %", "tokens", *(["ms"] if timed else []), "regret"):
+    names = ["threshold", f"{last} %", "accuracy %", f"of always-{last}'s", "tokens", f"of always-{last}'s"]
+    for name in (*names, *(["ms"] if timed else []), "regret"):
         view.add_column(name, justify="right", no_wrap=True)
     for point in own["points"]:
         accuracy = {"value": point["accuracy"], "interval": point["interval"]["accuracy"]}
@@ -44,7 +51,9 @@ def frontier_table(result: dict, decoding: str) -> Table:
             f"{point['threshold']:.4f}",
             f"{100 * point['shares'][last]:.0f}",
             number(accuracy, percent=True),
+            relative(point["accuracy"], full["accuracy"]),
             f"{point['tokens']:.2f}",
+            relative(point["tokens"], full["tokens"]),
             *([f"{point['milliseconds']:.1f}"] if timed else []),
             f"{point['regret']:.3f}",
         )

@@ -1,14 +1,18 @@
 """`siesta eval` on a small run: its own numbers come back, the frontier has its ends, bad input is one line."""
 
+import io
 import json
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from siesta.data.schema import Example
 from siesta.rl.checkpoint_eval import contexts_of, find_checkpoint
 from siesta.rl.cli import main
+from siesta.rl.eval_report import frontier_table, relative
 from siesta.rl.export import final_model
 from siesta.rl.recipe import load_recipe
 from tests.helpers import save_tiny_model
@@ -83,6 +87,21 @@ def test_overrides_and_thresholds_of_ones_own(run: Path, tmp_path: Path) -> None
     assert "voting" not in found  # nothing to vote on with one sample
     assert (report["settings"]["items"], report["settings"]["split"]) == (8, "validation")
     assert "over_checkpoints" not in report
+
+
+def test_a_threshold_is_compared_with_always_thinking() -> None:
+    """Half of the accuracy for a quarter of the tokens; where nothing is right there is nothing to be half of."""
+    number = {"value": 0.0, "interval": [0.0, 0.0]}
+    names = ("area", "oracle_area", "area_by_share", "oracle_area_by_share")
+    point = {"threshold": 0.3, "shares": {"think": 0.2}, "accuracy": 0.4, "tokens": 2.0, "regret": 0.0}
+    own = dict.fromkeys(names, number) | {"points": [point | {"interval": {"accuracy": [0.3, 0.5]}}]}
+    free, full = {"shares": {"short": 0.5, "think": 0.5}}, {"accuracy": 0.8, "tokens": 8.0}
+    result = {"frontier": {"greedy": own}, "greedy": {"free": free, "always-think": full}}
+    console = Console(width=140, file=io.StringIO())
+    console.print(frontier_table(result, "greedy"))
+    row = next(line for line in cast(io.StringIO, console.file).getvalue().splitlines() if "0.3000" in line)
+    assert [cell.strip() for cell in row.split("│")[3:7]] == ["40.0 [30.0, 50.0]", "50.0 %", "2.00", "25.0 %"]
+    assert relative(0.0, 0.0) == "-"
 
 
 def one_line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
