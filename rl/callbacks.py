@@ -199,9 +199,9 @@ class CollapseGuard(StatefulCallback):
         self.faults.append(self.fault(logs))
         if self.fired_at is None and len(self.faults) == self.section.window and all(self.faults):
             self.fired_at, self.reason = state.global_step, self.faults[-1] or ""
-            logger.warning(
-                "collapse guard, step %d, %d logs in a row: %s", state.global_step, self.section.window, self.reason
-            )
+            if state.is_world_process_zero:
+                told = "collapse guard, step %d, %d logs in a row: %s"
+                logger.warning(told, state.global_step, self.section.window, self.reason)
             if self.section.action in ("save", "stop"):
                 control.should_save = True
             if self.section.action == "stop":

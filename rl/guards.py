@@ -84,10 +84,11 @@ class FiniteSteps(Trainer):
             logger.warning("step %d is skipped, not finite: %s", step, what)
         if self._skipped_in_a_row >= self.max_skipped_steps:
             last = next(iter(checkpoints(Path(cast(str, self.args.output_dir)))), None)
-            raise GuardStop(
+            told = (
                 f"{self._skipped_in_a_row} steps in a row were skipped, the last one step {step}, not finite: {what}; "
                 f"last checkpoint: {last or 'none'}"
             )
+            raise GuardStop(told if self.is_world_process_zero() else "")
         return norm
 
     def log(self, logs, start_time=None):

@@ -298,7 +298,8 @@ def rl_stage(context: Context) -> None:
     train(context, trainer, "rl")
     save_trained(context, trainer, "rl")
     if guard.fired_at is not None and recipe.rl.guard.action == "stop":
-        raise GuardStop(f"collapse guard stopped the run at step {guard.fired_at}: {guard.reason}")
+        told = f"collapse guard stopped the run at step {guard.fired_at}: {guard.reason}"
+        raise GuardStop(told if main_process() else "")
 
 
 @on_main

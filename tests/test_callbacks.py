@@ -156,6 +156,14 @@ def test_actions(caplog: pytest.LogCaptureFixture, action: str, saves: bool, sto
     )
 
 
+def test_one_rank_tells_what_all_act_on(caplog: pytest.LogCaptureFixture) -> None:
+    own, control = guard(1, action="stop"), TrainerControl()
+    with caplog.at_level(logging.WARNING):
+        own.on_log(ARGS, state(main=False), control, logs=log(1.0))
+    assert (own.fired_at, control.should_save, control.should_training_stop) == (1, True, True)
+    assert not caplog.records
+
+
 def test_the_guard_fires_once(caplog: pytest.LogCaptureFixture) -> None:
     own = guard(2, action="save")
     control = feed(own, [log(1.0)] * 2)
