@@ -84,15 +84,16 @@ def longest(arm: str, shape: str, dtype: torch.dtype, start: int, rounds: int) -
     trainer = make(arm, shape, 1, MOST, dtype)  # one for all lengths: to compile takes longer than to measure
 
     def fit(length: int) -> bool:
-        start = time.monotonic()
+        began = time.monotonic()
         try:
-            found = f"{peak(trainer, shape, 1, length):.1f} GiB"
+            found = peak(trainer, shape, 1, length)
         except torch.OutOfMemoryError:
-            found = "does not fit"
-        print(f"{arm} {shape} {length:,} tokens: {found} ({time.monotonic() - start:.0f} s)", flush=True)
+            found = None
+        said = "does not fit" if found is None else f"{found:.1f} GiB"
+        print(f"{arm} {shape} {length:,} tokens: {said} ({time.monotonic() - began:.0f} s)", flush=True)
         cast(torch.nn.Module, trainer.model).zero_grad(set_to_none=True)
         clean()
-        return "GiB" in found
+        return found is not None
 
     fits, fails = 0, start
     while fit(fails):

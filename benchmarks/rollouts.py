@@ -1,6 +1,6 @@
 """B3 without vLLM: rollouts by `generate`, stock TRL against ours, at the same lengths in both.
 
-    python -m benchmarks.rollouts --shape 0.6b --out speed/b3_generate.json    # one CUDA device
+    python -m benchmarks.rollouts --shape 0.6b --scale 0.1 --out speed/b3_0.6b.json    # one CUDA device
     python -m benchmarks.rollouts --cpu
 
 Groups of ten rollouts, eight of them `short`. A logits processor ends every response at a length that its prompt and
