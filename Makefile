@@ -96,7 +96,7 @@ results-speed-gpu:
 	python -m benchmarks.train_pass --shape 1.5b --shares 0 --arms siesta --no-compile --out $(SPEED)/b1_1.5b_eager.json
 	python -m benchmarks.train_pass --shape 1.5b --shares 0 --arms siesta --liger --no-compile --warmups 2 --out $(SPEED)/b1_1.5b_liger.json
 	python -m benchmarks.memory --out $(SPEED)/b2.json
-	python -m benchmarks.memory --shapes 0.6b --longest --start 65536 --out $(SPEED)/b2_longest.json
+	python -m benchmarks.memory --shapes 0.6b --longest --start 32768 --out $(SPEED)/b2_longest.json
 	python -m benchmarks.rollouts --shape 0.6b --scale 0.1 --out $(SPEED)/b3_0.6b.json
 	python -m benchmarks.shared_prompt --shape 0.6b --out $(SPEED)/b4_0.6b.json
 	python -m benchmarks.step_time --shape 0.6b --out $(SPEED)/b6_0.6b.json

@@ -184,7 +184,7 @@ def test_waves_name_every_arm_once_and_the_deeper_grid_after_the_first_results(t
     full_grid(tmp_path)
     rest = [arm for wave in waves for arm in wave]
     assert len({arm.name for arm in rest}) == len(rest)
-    assert {arm.depths for arm in rest if not arm.modes} == {(8,), (12,), (16,)}
+    assert {arm.depths for arm in rest if not arm.modes} == {(8,), (12,), (16,), (32,)}
     assert {(arm.passes, arm.seed, arm.rate) for arm in rest if arm.modes} == {
         (n, seed, rate) for n, rate in ((1, 4e-3), (2, 2e-3), (4, 8e-3)) for seed in (0, 1)
     }
@@ -310,4 +310,4 @@ def test_the_plan_names_the_seconds(capsys: pytest.CaptureFixture) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "    11  t8_n1_lr0.002_s0_400"  # 3 + 400 * (5 * 3.4 + 2) / 1000
     assert rule110.estimate(Arm((8,), 1, 2e-3, 0, 400)) == pytest.approx(10.6)
-    assert len(lines) == len(set(lines)) == 46  # t = 8: 16, 12: 13, 16: 10, with modes: 6, and the sum
+    assert len(lines) == len(set(lines)) == 56  # t = 8: 16, 12: 13, 16 and 32: 10 each, with modes: 6, and the sum
