@@ -92,6 +92,7 @@ results-speed-gpu:
 	python -m benchmarks.train_pass --shape 0.6b --shares 0 --micro 8 --out $(SPEED)/b1_0.6b_think.json
 	python -m benchmarks.train_pass --shape 0.6b --shares 0.8 --rollouts 16 --micro 2 --full-precision --repeats 2 --warmups 1 \
 	  --out $(SPEED)/b1_0.6b_fp32.json
+	python -m benchmarks.train_pass --shape 0.5b --shares 0.8 0.9 --micro 4 8 --warmups 2 --out $(SPEED)/b1_0.5b.json
 	python -m benchmarks.train_pass --shape 1.5b --shares 0.8 0 --micro 4 --warmups 2 --out $(SPEED)/b1_1.5b.json
 	python -m benchmarks.train_pass --shape 1.5b --shares 0 --arms siesta --no-compile --out $(SPEED)/b1_1.5b_eager.json
 	python -m benchmarks.train_pass --shape 1.5b --shares 0 --arms siesta --liger --no-compile --warmups 2 --out $(SPEED)/b1_1.5b_liger.json
@@ -99,7 +100,7 @@ results-speed-gpu:
 	python -m benchmarks.memory --shapes 0.6b --longest --start 32768 --out $(SPEED)/b2_longest.json
 	python -m benchmarks.rollouts --shape 0.6b --scale 0.1 --out $(SPEED)/b3_0.6b.json
 	python -m benchmarks.shared_prompt --shape 0.6b --out $(SPEED)/b4_0.6b.json
-	python -m benchmarks.step_time --shape 0.6b --out $(SPEED)/b6_0.6b.json
+	python -m benchmarks.step_time --shape 0.6b --groups 4 8 16 --caps 256 1024 2048 --warmups 2 --out $(SPEED)/b6_0.6b.json
 	python -m benchmarks.end_to_end --shape 0.6b --share 0.8 --rollouts 480 --steps 6 --out $(SPEED)/e2e_0.6b.json
 	python -m benchmarks.end_to_end --shape 0.6b --share 0.8 --rollouts 80 --steps 1 --arms siesta --plain --out $(SPEED)/plain_0.6b.json
 	python -m benchmarks.end_to_end --shape 0.6b --share 0.8 --rollouts 80 --steps 20 --out $(SPEED)/e2e_curves_0.6b.json

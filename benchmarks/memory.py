@@ -81,7 +81,8 @@ def longest(arm: str, shape: str, dtype: torch.dtype, start: int, rounds: int) -
     Args:
         rounds: The result is exact to the last power of two that fits, over 2 ** rounds.
     """
-    trainer = make(arm, shape, 1, MOST, dtype)  # one for all lengths: to compile takes longer than to measure
+    # One for all lengths: to compile takes longer than to measure.
+    trainer = make(arm, shape, 1, MOST, dtype, gradient_checkpointing=False)
 
     def fit(length: int) -> bool:
         began = time.monotonic()
