@@ -30,7 +30,7 @@ from siesta.rl.eval_numbers import Setting, checkpoint_numbers, over_checkpoints
 from siesta.rl.eval_report import draw, show
 from siesta.rl.evaluate import measure
 from siesta.rl.export import final_model, find_run
-from siesta.rl.frontier import check_thresholds
+from siesta.rl.frontier import check_keep, check_thresholds
 from siesta.rl.generation import complete, fixed_randomness
 from siesta.rl.judge import Judge
 from siesta.rl.latency import Latency, time_responses
@@ -197,6 +197,7 @@ def make(options: argparse.Namespace, overrides: Sequence[str], console: Console
         UserError: A checkpoint, a recipe, the data or the folder cannot be used.
     """
     check_thresholds(options.thresholds or [])
+    check_keep(options.keep)
     checkpoints = [find_checkpoint(path, options.recipe, overrides) for path in options.checkpoints]
     if len({each.name for each in checkpoints}) < len(checkpoints):
         raise UserError("the same checkpoint is named twice")
@@ -208,7 +209,7 @@ def make(options: argparse.Namespace, overrides: Sequence[str], console: Console
             raise RecipeError(f"{checkpoint.name}: its modes are not those of {checkpoints[0].name}")
     judges = [prepare(*each) for each in zip(checkpoints, contexts, items, strict=True)]
     section = checkpoints[0].recipe.evaluate
-    setting = Setting(section.resamples, section.seed, sorted(options.thresholds or [], reverse=True) or None)
+    setting = Setting(section.resamples, section.seed, options.thresholds, options.keep)
     options.out.mkdir(parents=True, exist_ok=True)
     measured: dict[str, Measurement] = {}
     results, named, lines = {}, [], ""
@@ -249,6 +250,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of what is written")
     parser.add_argument("--split", choices=["test", "validation"], default="test")
     parser.add_argument("--thresholds", type=float, nargs="+", help="on p(think); left out: by tenths of the share")
+    parser.add_argument("--keep", type=float, help="also the highest threshold that keeps this share of accuracy")
     parser.add_argument("--responses", action="store_true", help="write every response to responses.jsonl")
     parser.add_argument("--timed", type=int, default=16, help="prompts timed one by one for milliseconds; 0: none")
     options = parser.parse_intermixed_args(arguments)

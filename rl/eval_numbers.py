@@ -23,11 +23,13 @@ class Setting:
     Args:
         resamples, seed: Of the bootstrap.
         thresholds: On p of the last mode; None: at every tenth of the think share.
+        keep: Also the highest threshold that keeps this share of the last mode's accuracy.
     """
 
     resamples: int
     seed: int
     thresholds: Sequence[float] | None = None
+    keep: float | None = None
 
 
 def priced(measured: Measurement, setting: Setting) -> tuple[Measurement, np.ndarray, np.ndarray]:
@@ -94,16 +96,19 @@ def checkpoint_numbers(
     named = policy_estimates(measured, weights)
     if len(measured.modes) > 1:
         p = measured.mode_probs[:, -1]
-        thresholds = setting.thresholds or frontier.thresholds_by_share(p)
         result["frontier"] = {}
         for decoding in ("greedy", "sampled"):
             greedy = decoding == "greedy"
             own = frontier.areas(measured, weights, greedy=greedy)
             named |= {f"frontier/{decoding}/{name}": value for name, value in own.items()}
-            result["frontier"][decoding] = {
-                **{name: value.numbers() for name, value in own.items()},
-                "points": frontier.points(measured, thresholds, greedy=greedy, **bootstrap),
-            }
+            section = {name: value.numbers() for name, value in own.items()}
+            thresholds = set(setting.thresholds or frontier.thresholds_by_share(p))
+            if setting.keep is not None:
+                kept = frontier.highest_keeping(measured, setting.keep, greedy=greedy)
+                section["keeps"] = {"share": setting.keep, "threshold": kept}
+                thresholds.add(kept)
+            rows = frontier.points(measured, sorted(thresholds, reverse=True), greedy=greedy, **bootstrap)
+            result["frontier"][decoding] = section | {"points": rows}
         own = calibration(measured, weights)
         named |= {f"calibration/{name}": value for name, value in own.items()}
         numbers = {name: value.numbers() for name, value in own.items()}

@@ -60,6 +60,15 @@ def frontier_table(result: dict, decoding: str) -> Table:
     return view
 
 
+def keeping_line(result: dict, decoding: str) -> str:
+    """The threshold that `--keep` asked for."""
+    kept, last = result["frontier"][decoding]["keeps"], list(result[decoding]["free"]["shares"])[-1]
+    return (
+        f"{decoding}: {kept['threshold']:.4f} is the highest threshold that keeps {100 * kept['share']:g} % of "
+        f"always-{last}'s accuracy on these items"
+    )
+
+
 def voting_table(result: dict) -> Table:
     """Several answers in one mode at the tokens of the model's own choice."""
     own = result["voting"]["equal_tokens"]
@@ -128,6 +137,8 @@ def show(report: dict, console: Console) -> None:
         if "frontier" in result:
             for decoding in ("greedy", "sampled"):
                 wide.print(frontier_table(result, decoding))
+                if "keeps" in result["frontier"][decoding]:
+                    console.print(keeping_line(result, decoding), markup=False)
             for line in calibration_lines(result):
                 console.print(line, markup=False)
         if "voting" in result:

@@ -28,6 +28,12 @@ def check_thresholds(thresholds: Sequence[float]) -> None:
             raise UserError(f"--thresholds: {threshold:g} is no probability; a threshold on p(think) lies in 0 to 1")
 
 
+def check_keep(share: float | None) -> None:
+    """Raises UserError unless it is a share above 0, or None."""
+    if share is not None and not 0 < share <= 1:
+        raise UserError(f"--keep: {share:g} is no share; 0.98 keeps 98 % of the accuracy of always thinking")
+
+
 def thinks(p: np.ndarray, threshold: float) -> np.ndarray:
     """Which items think, (I,) bool: p above the threshold; at 0 all, even one whose p was rounded to 0."""
     return (p > threshold) | (threshold == 0)
@@ -123,6 +129,18 @@ def points(
         {"threshold": float(t)} | summarise(measured, routed(measured, t), greedy=greedy, **bootstrap)
         for t in thresholds
     ]
+
+
+def highest_keeping(measured: Measurement, share: float, *, greedy: bool) -> float:
+    """The highest threshold at which accuracy is at least `share` of always thinking's: the fewest that think.
+
+    It lies halfway between two values of p(think), as those of `thresholds_by_share` do; 1 if none need think.
+    """
+    p = measured.mode_probs[:, -1]
+    _, accuracy = path(measured, p, greedy=greedy)
+    values = np.unique(p)[::-1]  # a cut above each of them, the last behind all
+    halfway = np.r_[1.0, (values[:-1] + values[1:]) / 2, 0.0]
+    return float(halfway[np.argmax(accuracy >= share * accuracy[-1] - 1e-12)])
 
 
 def path(measured: Measurement, order: np.ndarray, *, greedy: bool) -> tuple[np.ndarray, np.ndarray]:

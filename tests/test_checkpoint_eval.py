@@ -84,9 +84,25 @@ def test_overrides_and_thresholds_of_ones_own(run: Path, tmp_path: Path) -> None
     report = evaluated(tmp_path, str(run / "rl"), *overrides, "--thresholds", "0.25", "0.75", "--split", "validation")
     (found,) = report["checkpoints"].values()
     assert [point["threshold"] for point in found["frontier"]["greedy"]["points"]] == [0.75, 0.25]
+    assert "keeps" not in found["frontier"]["greedy"]
     assert "voting" not in found  # nothing to vote on with one sample
     assert (report["settings"]["items"], report["settings"]["split"]) == (8, "validation")
     assert "over_checkpoints" not in report
+
+
+def test_the_threshold_that_keeps_a_share_is_a_row_and_a_line(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = ["evaluate.items=8", "evaluate.samples=1", "evaluate.resamples=10"]
+    report = evaluated(tmp_path, str(run / "rl"), *overrides, "--thresholds", "0.75", "--keep", "0.9")
+    printed = capsys.readouterr().out
+    (found,) = report["checkpoints"].values()
+    for decoding in ("greedy", "sampled"):
+        own = found["frontier"][decoding]
+        assert own["keeps"]["share"] == 0.9
+        row = next(point for point in own["points"] if point["threshold"] == own["keeps"]["threshold"])
+        assert row["accuracy"] >= 0.9 * found[decoding]["always-think"]["accuracy"]
+        assert f"{own['keeps']['threshold']:.4f} is the highest threshold that keeps 90 % of always-think's" in printed
 
 
 def test_a_threshold_is_compared_with_always_thinking() -> None:
@@ -115,6 +131,7 @@ def test_bad_input_is_one_line(run: Path, tmp_path: Path, capsys: pytest.Capture
     capsys.readouterr()
     out = ["--out", str(tmp_path / "out")]
     assert "lies in 0 to 1" in one_line(capsys, str(run), *out, "--thresholds", "0.5", "1.5")
+    assert one_line(capsys, str(run), *out, "--keep", "98").startswith("--keep: 98 is no share")
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "recipe.yaml").write_text((run / "recipe.yaml").read_text())

@@ -10,7 +10,9 @@ from siesta.rl.frontier import (
     area,
     areas,
     best_order,
+    check_keep,
     check_thresholds,
+    highest_keeping,
     path,
     points,
     routed,
@@ -126,6 +128,32 @@ def test_a_threshold_lies_halfway_to_the_next_p_and_stands_once() -> None:
     assert thinks(p + 0.05, 0.2).all(), "negative control: at a value of p itself"
     assert not thinks(p, 0.2).all()
     assert thresholds_by_share(np.full(5, 0.4)) == pytest.approx([1.0, 0.7, 0.0])
+
+
+def test_the_highest_threshold_that_keeps_a_share_of_the_accuracy() -> None:
+    """Short is never right; thinking on 4 of 5 items, the first two of which share a p: 0, 2, 2, 3, 4 right."""
+    p = np.array([0.9, 0.9, 0.7, 0.5, 0.2])
+    own = measurement(p, np.array([1.0, 1.0, 0.0, 1.0, 1.0]))
+    for share, threshold in ((0.25, 0.8), (0.5, 0.8), (0.51, 0.35), (0.75, 0.35), (0.76, 0.0), (1.0, 0.0)):
+        assert highest_keeping(own, share, greedy=True) == pytest.approx(threshold), share
+    kept = highest_keeping(own, 0.75, greedy=True)
+    right = summarise(own, routed(own, kept), greedy=True, resamples=2, seed=0)["accuracy"]
+    assert right == pytest.approx(0.6), "3 of 5, of 4"
+    higher = summarise(own, routed(own, kept + 0.2), greedy=True, resamples=2, seed=0)
+    assert higher["accuracy"] < 0.6, "negative control"
+
+
+def test_where_short_is_as_good_no_item_need_think() -> None:
+    own = measurement(np.array([0.9, 0.3]), np.zeros(2))
+    assert highest_keeping(own, 1.0, greedy=True) == 1.0
+
+
+@pytest.mark.parametrize("share", [0.0, -1.0, 98.0, float("nan")])
+def test_a_share_that_is_none_is_refused(share: float) -> None:
+    check_keep(None)
+    check_keep(1.0)
+    with pytest.raises(UserError, match=r"--keep: .* is no share; 0\.98 keeps 98 %"):
+        check_keep(share)
 
 
 def test_points_are_rows_of_the_policy_table() -> None:
