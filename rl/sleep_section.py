@@ -26,6 +26,9 @@ BELONGS = {
     "segment": ("memory",),
 }
 
+# Of these, what says how training goes and leaves a state as it is.
+TRAINING = ("sleeps", "weight", "price", "truncate")
+
 
 class SleepSection(BaseModel):
     """One mechanism and its settings; the other mechanisms' settings are refused."""

@@ -286,6 +286,23 @@ def test_a_broken_manifest_is_named(line: str, fault: str, folder: Path) -> None
         store_of("raw")
 
 
+@pytest.mark.parametrize(
+    ("mechanism", "free", "bound"),
+    [
+        ("notes", {"sleeps": 3, "weight": 0.5, "price": 1.0}, {"max_tokens": 9}),
+        ("latent", {"truncate": 1}, {"form": "reread"}),
+    ],
+)
+def test_settings_of_training_make_no_state_foreign(mechanism: Any, free: dict, bound: dict, folder: Path) -> None:
+    sleeper = open_sleeper(load_recipe("smoke"), "llama")
+
+    def about(**settings: Any) -> dict[str, Any]:
+        return identity(SleepSection(mechanism=mechanism, **settings), sleeper.model, sleeper.tokenizer)
+
+    assert about(**free) == about()
+    assert about(**bound) != about(), "negative control"
+
+
 def test_the_hash_is_of_what_the_model_computes(folder: Path) -> None:
     """Where it lies does not count."""
     shutil.move("llama", "elsewhere")

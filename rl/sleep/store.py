@@ -22,7 +22,7 @@ from siesta.data.errors import DataError
 from siesta.rl.run import write_atomically
 from siesta.rl.sleep.protocol import SleepCost
 from siesta.rl.sleep.tensors import Tensors, joined
-from siesta.rl.sleep_section import BELONGS, SleepSection
+from siesta.rl.sleep_section import BELONGS, TRAINING, SleepSection
 
 FORMAT = 1
 MANIFEST = "manifest.jsonl"
@@ -54,8 +54,9 @@ def digest(data: bytes) -> str:
 
 
 def identity(section: SleepSection, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What all states of a folder depend on."""
-    own = {name: vars(section)[name] for name, mechanisms in BELONGS.items() if section.mechanism in mechanisms}
+    """What all states of a folder depend on: mechanism, passes, its settings but those of training, the model."""
+    named = [name for name, mechanisms in BELONGS.items() if section.mechanism in mechanisms and name not in TRAINING]
+    own = {name: vars(section)[name] for name in named}
     about = {"format": FORMAT, "mechanism": section.mechanism, "passes": section.passes}
     return about | own | {"model": model_digest(model, tokenizer)}
 
