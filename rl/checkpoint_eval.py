@@ -250,7 +250,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of what is written")
     parser.add_argument("--split", choices=["test", "validation"], default="test")
     parser.add_argument("--thresholds", type=float, nargs="+", help="on p(think); left out: by tenths of the share")
-    parser.add_argument("--keep", type=float, help="also the highest threshold that keeps this share of accuracy")
+    parser.add_argument(
+        "--keep",
+        type=float,
+        metavar="SHARE",
+        help="also the highest threshold that keeps this share (such as 0.98) of always thinking's accuracy",
+    )
     parser.add_argument("--responses", action="store_true", help="write every response to responses.jsonl")
     parser.add_argument("--timed", type=int, default=16, help="prompts timed one by one for milliseconds; 0: none")
     options = parser.parse_intermixed_args(arguments)
