@@ -1,4 +1,4 @@
-"""vLLM behind TRL's seam: a cap per mode in one call, quick log-probabilities, checks of version and weights.
+"""vLLM behind TRL's seam: a cap per mode in one call, a version check, and a check that weights are in step.
 
 And vLLM on its own, as what writes the responses of an evaluation: `vllm_writer`.
 """
@@ -114,28 +114,6 @@ def caps_per_mode(generation: Any, modes: Modes, *, text: bool = False) -> Itera
         with replaced(client, "generate", _one_request_per_cap(client.generate, caps)):
             yield
     else:
-        yield
-
-
-def token_logps(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities of some tokens of each row: logits (B, V), ids (B, K) -> (B, K), float32."""
-    logits = logits.float()
-    return logits.gather(-1, token_ids.long()) - logits.logsumexp(-1, keepdim=True)
-
-
-@contextmanager
-def quick_logps(generation: Any) -> Iterator[None]:
-    """Inside, a colocated engine takes the log-probabilities of what it writes by `token_logps`.
-
-    Its own kernel (same name and arguments in vLLM 0.22 to 0.33) goes through a row of the vocabulary with a single
-    block of threads, 1,024 ids at a time. With the few rows that still write late in a rollout most of the GPU waits
-    for that; torch spreads each row over the whole of it.
-    """
-    if generation.mode != "colocate":
-        yield
-        return
-    kernels = importlib.import_module("vllm.v1.worker.gpu.sample.logprob")
-    with replaced(kernels, "compute_token_logprobs", token_logps):
         yield
 
 

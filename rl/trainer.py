@@ -26,7 +26,7 @@ from trl.trainer.utils import RepeatSampler
 from siesta.data.prompts import pad_id
 from siesta.rl.advantages import Credit, Rollouts, assign_credit, control_factors, kl_weights, token_weights
 from siesta.rl.config import DeGRPOConfig, check_method
-from siesta.rl.engines import caps_per_mode, check_logp_gap, quick_logps
+from siesta.rl.engines import caps_per_mode, check_logp_gap
 from siesta.rl.generation import Writer, inference, mode_policy, replaced, respond, sampling_config
 from siesta.rl.guards import FiniteSteps
 from siesta.rl.judge import Judge, RewardFunction
@@ -126,7 +126,7 @@ class DeGRPOTrainer(FiniteSteps, ResumableTrainer, GRPOTrainer):
         with self.phases("rollout"):
             if self.use_vllm:
                 opened = [[*ids, token] for ids, token in zip(prompt_ids, tokens, strict=True)]
-                with caps_per_mode(self.vllm_generation, self.modes), quick_logps(self.vllm_generation):
+                with caps_per_mode(self.vllm_generation, self.modes):
                     # num_generations=1: with forced tokens the rows of a group differ, and vLLM must not fold them.
                     written, logps = super()._generate_single_turn(opened, images, multimodal_fields, 1)
                 for column in range(len(self.modes)):

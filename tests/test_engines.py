@@ -1,25 +1,14 @@
 """vLLM behind TRL's seam: caps, order of results, version and weight checks. Stand-ins take the place of vLLM."""
 
-import math
-import sys
 from dataclasses import dataclass, field, replace
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from siesta.data.errors import RecipeError
 from siesta.rl import engines
-from siesta.rl.engines import (
-    MAX_LOGP_GAP,
-    WeightsError,
-    caps_per_mode,
-    check_logp_gap,
-    check_vllm,
-    quick_logps,
-    token_logps,
-)
+from siesta.rl.engines import MAX_LOGP_GAP, WeightsError, caps_per_mode, check_logp_gap, check_vllm
 from siesta.rl.modes import Mode, Modes
 
 MODES = Modes([Mode("short", "<short>", 7, 2), Mode("think", "<think>", 8, 90)])
@@ -101,36 +90,6 @@ def test_other_ranks_leave_the_server_to_the_first() -> None:
     generation = SimpleNamespace(mode="server", accelerator=SimpleNamespace(is_main_process=False))
     with caps_per_mode(generation, MODES):
         assert "vllm_client" not in vars(generation)
-
-
-def test_log_probabilities_by_hand() -> None:
-    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, -torch.inf, 1.0, -torch.inf], [800.0, 0.0, 0.0, 0.0]])
-    found = token_logps(logits.bfloat16(), torch.tensor([[3], [0], [1]], dtype=torch.int32))
-    assert found.dtype == torch.float32
-    assert found.flatten().tolist() == pytest.approx([-math.log(4), -math.log(2), -800.0])
-    assert token_logps(logits, torch.tensor([[0, 1], [1, 2], [0, 0]]))[1].tolist() == pytest.approx(
-        [-math.inf, -math.log(2)]
-    )
-
-
-def test_log_probabilities_are_those_of_a_softmax() -> None:
-    logits = torch.randn(5, 1000, generator=torch.Generator().manual_seed(0)) * 10
-    ids = torch.arange(5)[:, None] * 7
-    torch.testing.assert_close(token_logps(logits, ids), logits.log_softmax(-1).gather(-1, ids))
-
-
-def test_only_a_colocated_engine_has_its_kernel_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And that as long as siesta's rollouts last; an engine on a server is out of reach and never imported here."""
-    kernels: Any = ModuleType("logprob")
-    kernels.compute_token_logprobs = own = object()
-    for name in ("vllm", "vllm.v1", "vllm.v1.worker", "vllm.v1.worker.gpu", "vllm.v1.worker.gpu.sample"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setitem(sys.modules, "vllm.v1.worker.gpu.sample.logprob", kernels)
-    with quick_logps(SimpleNamespace(mode="server")):
-        assert kernels.compute_token_logprobs is own
-    with quick_logps(SimpleNamespace(mode="colocate")):
-        assert kernels.compute_token_logprobs is token_logps
-    assert kernels.compute_token_logprobs is own
 
 
 @pytest.mark.parametrize("found", ["0.22.0", "0.25.1", "0.31.2"])
