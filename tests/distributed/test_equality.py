@@ -1,7 +1,7 @@
 """Two processes take the steps of one and go on from a checkpoint bit by bit: DDP, FSDP2, ZeRO-1 to 3.
 
-A launch costs many times what it does, so that every case of a kind of sharding is in one (`train_tiny`): one launch
-of one process, and for each kind one that trains and one that goes on.
+A launch costs many times what it does, so that every case of a kind of sharding is in one (`train_tiny`), and so is
+going on from its checkpoints, in forked processes.
 """
 
 import os
@@ -17,6 +17,7 @@ import torch
 
 from siesta.rl.checkpoints import check_intact, read_manifest
 from tests.distributed import fsdp_on_cpu
+from tests.distributed.lost_rank import free_port
 from tests.distributed.train_tiny import RESUMED, STEPS
 from tests.helpers import parameters, save_tiny_model, tiny_model
 from tests.test_checkpoints import without_clock
@@ -42,18 +43,22 @@ needs_deepspeed = [
 KINDS = ["ddp", "fsdp2", *(pytest.param(f"zero{stage}", marks=needs_deepspeed) for stage in (1, 2, 3))]
 
 
-def launched(folder: Path, name: str, launcher: list[str], *options: str) -> dict[str, Any]:
-    """What `train_tiny` writes: case -> outcome."""
+def launch(folder: Path, name: str, launcher: list[str], *options: str) -> dict[str, Any]:
+    """Start `train_tiny`; what it writes of the trainings: case -> outcome."""
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     if "accelerate.commands.launch" not in launcher:  # its own setting; beside it this one turns DeepSpeed off
         environment |= {"ACCELERATE_USE_CPU": "true"} | (fsdp_on_cpu.ENVIRONMENT if name == "fsdp2" else {})
     script = ["-m", "tests.distributed.train_tiny", str(folder), name, *options]
     done = subprocess.run(  # much time: DeepSpeed compiles an extension when it is used for the first time
-        [*launcher, *script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
+        [*launcher, *script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(folder / f"{'-'.join((name, *options))}.pt", weights_only=True)
+    return outcomes_of(folder, name)
+
+
+def outcomes_of(folder: Path, name: str) -> dict[str, Any]:
+    return torch.load(folder / f"{name}.pt", weights_only=True)
 
 
 def launcher(folder: Path, kind: str) -> list[str]:
@@ -76,7 +81,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[str, Any]:
     """What one process makes of the model, in one pass a step."""
-    outcomes = launched(folder, "alone", [sys.executable])
+    outcomes = launch(folder, "alone", [sys.executable])
     assert outcomes["kind"] == "NO 1"
     for case in STEPS:
         assert (outcomes[case]["weights"] - parameters(tiny_model())).abs().max() > 1e-3, case
@@ -91,7 +96,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def several(folder: Path, kind: str) -> dict[str, Any]:
     """What two make of it."""
-    outcomes = launched(folder, kind, launcher(folder, kind))
+    outcomes = launch(folder, kind, launcher(folder, kind), str(free_port()))
     assert outcomes["kind"] == {"ddp": "MULTI_CPU 2", "fsdp2": "FSDP 2"}.get(kind, "DEEPSPEED 2")
     return outcomes
 
@@ -125,7 +130,7 @@ def test_the_cases_are_what_they_are_called(alone: dict[str, Any], several: dict
 
 def test_a_resumed_run_is_the_undisturbed_one_bit_by_bit(folder: Path, kind: str, several: dict[str, Any]) -> None:
     """Weights, logs, and the rows of each rank, from a checkpoint in the middle of six steps."""
-    resumed = launched(folder, kind, launcher(folder, kind), "resume")
+    resumed = outcomes_of(folder, f"{kind}-resume")
     for case in RESUMED:
         checkpoint = folder / kind / case / "checkpoint-3"
         check_intact(checkpoint)

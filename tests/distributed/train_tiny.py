@@ -1,14 +1,16 @@
 """Trainings on a tiny model, in however many processes they are launched; writes what they came to.
 
-    train_tiny.py FOLDER NAME [resume]
+    train_tiny.py FOLDER NAME [PORT]
 
 FOLDER holds `model` and `embedded/model`, which knows the sleep token. FOLDER/NAME.pt gets the kind of the processes
 and what `Outcome` has of every case. Those of `STEPS` are on given rollouts, which depend on the step and the prompt's
 place in the whole batch alone, so that any number of processes trains on the same ones. Those of `RESUMED` write their
-own rollouts and leave a checkpoint in the middle; with `resume` they alone are done, from copies of those checkpoints,
-and FOLDER/NAME-resume.pt is written.
+own rollouts and leave a checkpoint in the middle. From copies of those checkpoints they are done again, in processes
+that are forked for it, have seen nothing of the first time and meet at PORT, for FOLDER/NAME-resume.pt. Without a PORT
+`STEPS` alone are done.
 """
 
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -262,16 +264,38 @@ def interrupted(folder: Path, name: str, case: str, *, resume: bool) -> Outcome:
     return Outcome(trainer.state.log_history, [], whole_weights(trainer), prompts=prompts)
 
 
-def main(folder: Path, name: str, *options: str) -> None:
-    fsdp_on_cpu.allow()
-    resume = "resume" in options
-    done: dict[str, Any] = {} if resume else {case: asdict(take_steps(folder, name, case)) for case in STEPS}
-    if name != "alone":
-        done |= {case: asdict(interrupted(folder, name, case, resume=resume)) for case in RESUMED}
+def train(folder: Path, name: str, port: str | None) -> None:
+    """All cases from their beginning."""
+    done = {case: asdict(take_steps(folder, name, case)) for case in STEPS}
+    if port:
+        done |= {case: asdict(interrupted(folder, name, case, resume=False)) for case in RESUMED}
+    write(done, folder / f"{name}.pt")
+
+
+def go_on(folder: Path, name: str, port: str) -> None:
+    """The cases that left a checkpoint, from there."""
+    # In torchrun's store the addresses of the processes before would still be found.
+    os.environ |= {"MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "False"}
+    done = {case: asdict(interrupted(folder, name, case, resume=True)) for case in RESUMED}
+    write(done, folder / f"{name}-resume.pt")
+
+
+def write(done: dict[str, Any], file: Path) -> None:
+    """The main process writes what was done, and in which kind of processes."""
     state = AcceleratorState()
     if state.is_main_process:
-        done["kind"] = f"{state.distributed_type.value} {state.num_processes}"
-        torch.save(done, folder / f"{'-'.join((name, *options))}.pt")
+        torch.save(done | {"kind": f"{state.distributed_type.value} {state.num_processes}"}, file)
+
+
+def main(folder: Path, name: str, port: str | None = None) -> None:
+    fsdp_on_cpu.allow()
+    for part in [train, go_on] if port else [train]:
+        if child := os.fork():  # before anything but imports
+            if code := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+                sys.exit(f"{name}: {part.__name__} has ended with {code}")
+        else:
+            part(folder, name, port)
+            return  # and ends as any process does
 
 
 if __name__ == "__main__":
