@@ -51,7 +51,7 @@ def launch(folder: Path, name: str, launcher: list[str], *options: str) -> dict[
         environment |= {"ACCELERATE_USE_CPU": "true"} | (fsdp_on_cpu.ENVIRONMENT if name == "fsdp2" else {})
     script = ["-m", "tests.distributed.train_tiny", str(folder), name, *options]
     done = subprocess.run(  # much time: DeepSpeed compiles an extension when it is used for the first time
-        [*launcher, *script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False
+        [*launcher, *script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return outcomes_of(folder, name)
